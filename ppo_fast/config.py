@@ -1,0 +1,169 @@
+"""What a PPO loss is made of: `LossConfig`, the presets of other trainers, and the names of the statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+POLICIES = ("ppo",)
+VALUE_LOSSES = ("mse", "huber")
+VALUE_CLIP_MODES = ("max", "replace", "error")
+KLS = (None, "k1", "abs", "k2", "k3")
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum")
+ROLLOUT_CORRECTIONS = (None, "tis", "icepop")
+
+#: Fields that are numbers and may be annealed from call to call. `None` travels as NaN: "switched off".
+NUMBERS = (
+    "clip_low", "clip_high", "dual_clip", "ratio_cap", "log_ratio_clamp", "huber_delta", "value_clip", "value_coef",
+    "entropy_coef", "kl_coef", "kl_clamp", "kl_value_clamp", "advantage_eps", "rollout_low", "rollout_high",
+)  # fmt: skip
+#: Fields that choose a formula; each travels as its index in the tuple of allowed values.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "value_loss": VALUE_LOSSES,
+    "value_half": (False, True),
+    "value_clip_mode": VALUE_CLIP_MODES,
+    "kl": KLS,
+    "normalize_advantages": (False, True),
+    "advantage_ddof": (0, 1),
+    "rollout_correction": ROLLOUT_CORRECTIONS,
+}
+
+#: Order of `out.stats`; `csrc/ops.h` has the same list and a test compares them.
+STATS = (
+    "policy_loss", "value_loss", "entropy", "kl", "approx_kl", "old_approx_kl", "clip_fraction", "clip_fraction_low",
+    "clip_fraction_high", "dual_clip_fraction", "value_clip_fraction", "ratio_mean", "ratio_min", "ratio_max", "ess",
+    "explained_variance",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Definition of a PPO loss. Frozen: anneal with `dataclasses.replace(config, clip_low=...)`.
+
+    Per token, with d = log_prob - old_log_prob, r = exp(d) and advantage A, all minimised:
+
+        policy = max(-A·min(r, ratio_cap), -A·clip(r, 1 - clip_low, 1 + clip_high)); where A < 0: min(policy, -dual_clip·A)
+        value  = f(values - returns), f(e) = e² ("mse") or e² / 2δ|e| - δ² beyond δ = huber_delta ("huber"), times ½ if value_half
+        kl     = k(ref_log_prob - log_prob)
+        total  = policy + value_coef·value - entropy_coef·entropy + kl_coef·kl, summed with the weights that `reduction` names
+
+    Units: log-probabilities are natural logarithms (nats); every clip and coefficient is dimensionless.
+    """
+
+    policy: Literal["ppo"] = "ppo"
+    #: r is clipped to [1 - clip_low, 1 + clip_high].
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    #: c > 1: where A < 0 the loss is at most -c·A (arXiv 1912.09729).
+    dual_clip: float | None = None
+    #: δ: the unclipped branch uses min(r, δ) (two-sided clipping, arXiv 2505.07291).
+    ratio_cap: float | None = None
+    #: d is clamped to ±this before exp; no gradient outside.
+    log_ratio_clamp: float | None = None
+    value_loss: Literal["mse", "huber"] = "mse"
+    huber_delta: float = 1.0
+    value_half: bool = True
+    #: c of the value clip; what is clipped depends on the mode:
+    #: "max" max(f(v - R), f(v_c - R)), v_c = v_old + clamp(v - v_old, ±c); "replace" f(v_c - R); "error" min(f(v - R), c).
+    value_clip: float | None = None
+    value_clip_mode: Literal["max", "replace", "error"] = "max"
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    #: With u = ref_log_prob - log_prob: k1 = -u, abs = |u|, k2 = u²/2, k3 = exp(u) - u - 1 (joschu.net/blog/kl-approx.html).
+    kl: Literal["k1", "abs", "k2", "k3"] | None = None
+    kl_coef: float = 0.0
+    #: u is clamped to ±this; no gradient outside.
+    kl_clamp: float | None = None
+    #: the estimate itself is clamped to ±this; no gradient outside.
+    kl_value_clamp: float | None = None
+    #: (A - mean) / (std + advantage_eps) over the valid elements; a single valid element is left as it is.
+    normalize_advantages: bool = False
+    advantage_ddof: int = 1
+    advantage_eps: float = 1e-8
+    #: "token-mean": w = 1/valid; "seq-mean-token-mean": w = 1/(B·valid in the row); "seq-mean-token-sum": w = 1/B; "sum": w = 1.
+    reduction: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"] = "token-mean"
+    #: The policy term times a constant made of ρ = exp(old_log_prob - rollout_log_prob):
+    #: "tis" min(ρ, rollout_high); "icepop" ρ inside [rollout_low, rollout_high], else 0.
+    rollout_correction: Literal["tis", "icepop"] | None = None
+    rollout_low: float = 0.5
+    rollout_high: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"LossConfig: policy must be one of {POLICIES}, got {self.policy!r}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"LossConfig: reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"LossConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        optional = {"dual_clip", "ratio_cap", "log_ratio_clamp", "value_clip", "kl_clamp", "kl_value_clamp"}
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"LossConfig: {name} must be a number, got {type(value).__name__}")
+            if not math.isfinite(value):
+                raise ValueError(f"LossConfig: {name} must be finite, got {value}")
+            if value < 0 and not name.endswith("_coef"):
+                raise ValueError(f"LossConfig: {name} must be >= 0, got {value}")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"LossConfig: dual_clip must be > 1, got {self.dual_clip}")
+        if self.huber_delta <= 0:
+            raise ValueError(f"LossConfig: huber_delta must be > 0, got {self.huber_delta}")
+        if self.rollout_low > self.rollout_high:
+            raise ValueError(
+                f"LossConfig: rollout_low must be <= rollout_high, got {self.rollout_low} > {self.rollout_high}"
+            )
+
+    def numbers(self) -> tuple[float, ...]:
+        """`NUMBERS` in order, absent ones as NaN: what kernels and registered ops take."""
+        return tuple(math.nan if (v := getattr(self, name)) is None else v for name in NUMBERS)
+
+    def choices(self) -> tuple[int, ...]:
+        """`CHOICES` in order, as indices."""
+        return tuple(allowed.index(getattr(self, name)) for name, allowed in CHOICES.items())
+
+    @staticmethod
+    def preset(name: str, **changes: Any) -> LossConfig:
+        """The loss of another trainer at its defaults, e.g. `LossConfig.preset("cleanrl", clip_low=0.1, clip_high=0.1)`."""
+        if name not in PRESETS:
+            raise ValueError(f"LossConfig.preset: name must be one of {sorted(PRESETS)}, got {name!r}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+
+def _presets() -> dict[str, LossConfig]:
+    """Each trainer's defaults; where a trainer leaves a choice to its user, the default of its own PPO config."""
+    C = LossConfig
+    return {
+        # cleanrl/ppo.py: 0.5·max value clip with the same ε, entropy 0.01, minibatch normalisation (ddof 1, +1e-8).
+        "cleanrl": C(value_clip=0.2, entropy_coef=0.01, normalize_advantages=True),
+        # stable_baselines3/ppo/ppo.py: mse without ½, no value clip unless clip_range_vf, which then replaces.
+        "sb3": C(value_half=False, value_clip_mode="replace", normalize_advantages=True),
+        # rsl_rl/algorithms/ppo.py: value max-clip without ½, coefficient 1, advantages normalised over the whole batch before.
+        "rsl_rl": C(value_half=False, value_clip=0.2, value_coef=1.0, entropy_coef=0.01),
+        # skrl/agents/torch/ppo: mse, scale 2.5 (its config's default is 1.0), clipped value replaces.
+        "skrl": C(value_half=False, value_clip=0.2, value_clip_mode="replace", value_coef=1.0),
+        # torchrl ClipPPOLoss: smooth-l1 critic (½e² inside δ=1), coefficient 1, entropy 0.01.
+        "torchrl": C(value_loss="huber", value_coef=1.0, entropy_coef=0.01),
+        # rllib PPOTorchLearner: squared error clamped to [0, vf_clip_param=10], clip 0.3, coefficient 1.
+        "rllib": C(clip_low=0.3, clip_high=0.3, value_half=False, value_clip=10.0, value_clip_mode="error", value_coef=1.0),
+        # verl core_algos: d clamped to ±20, dual clip 3, ½·max value clip 0.5 as a loss of its own.
+        "verl": C(dual_clip=3.0, log_ratio_clamp=20.0, value_clip=0.5, value_coef=1.0, kl_clamp=20.0, kl_value_clamp=10.0),
+        # trl PPOTrainer: ½·max value clip 0.2, vf_coef 0.1; KL goes into the reward.
+        "trl_ppo": C(value_clip=0.2, value_coef=0.1),
+        # trl GRPOTrainer loss_type="grpo": mean over sequences of token means; k3 without clamp when beta > 0.
+        "trl_grpo": C(kl="k3", reduction="seq-mean-token-mean"),
+        # openrlhf PolicyLoss / ValueLoss: token means, ½·max value clip 0.2, KL estimate clamped to ±10 after exp.
+        "openrlhf": C(value_clip=0.2, value_coef=1.0, kl_value_clamp=10.0),
+        # nemo_rl ClippedPGLossFn: no clamp on d, k3 with clamps 20 before and 10 after, token means; MseValueLossFn ½·max.
+        "nemo_rl": C(value_clip=0.2, value_coef=1.0, kl="k3", kl_clamp=20.0, kl_value_clamp=10.0),
+        # slime ppo_utils: value without ½, max-clipped, low-variance KL clamped to ±10 after exp.
+        "slime": C(value_half=False, value_clip=0.2, value_coef=1.0, kl="k3", kl_value_clamp=10.0,
+                   reduction="seq-mean-token-mean"),
+    }  # fmt: skip
+
+
+PRESETS = _presets()
