@@ -1,5 +1,25 @@
-"""temporary: replaced when the ops land"""
+"""ppo_fast: fused kernels for PPO as torch autograd ops.
+
+    import ppo_fast as pf
+    adv, ret = pf.gae(rewards, values, last_values, terminated=terminated, truncated=truncated, final_values=final)
+    out = pf.categorical_ppo_loss(logits, actions, old_log_prob, adv, pf.LossConfig.preset("cleanrl"), values=values,
+                                  old_values=old_values, returns=ret)
+    out.loss.backward()
+
+Public names are those of `__all__`; `help(pf.<name>)` gives formula, shapes, gradient, errors and cost.
+"""
+
+from ._backend import explain, use_backend
 from .config import LossConfig
+from .ops.ppo_loss import ppo_loss
 from .outputs import PPOLoss, Stats
-from .reference import *  # noqa
-from .reference import gae, vtrace, discounted_returns, whiten, categorical_log_prob, multi_categorical_log_prob, bernoulli_log_prob, normal_log_prob, beta_log_prob, ppo_loss, categorical_ppo_loss, normal_ppo_loss
+from .reference import (beta_log_prob, bernoulli_log_prob, categorical_log_prob, categorical_ppo_loss,
+                        discounted_returns, gae, multi_categorical_log_prob, normal_log_prob, normal_ppo_loss, vtrace,
+                        whiten)
+
+__version__ = "0.1.0"
+__all__ = [
+    "LossConfig", "PPOLoss", "Stats", "bernoulli_log_prob", "beta_log_prob", "categorical_log_prob",
+    "categorical_ppo_loss", "discounted_returns", "explain", "gae", "multi_categorical_log_prob", "normal_log_prob",
+    "normal_ppo_loss", "ppo_loss", "use_backend", "vtrace", "whiten",
+]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,6 +126,16 @@ class LossConfig:
     def choices(self) -> tuple[int, ...]:
         """`CHOICES` in order, as indices."""
         return tuple(allowed.index(getattr(self, name)) for name, allowed in CHOICES.items())
+
+    @staticmethod
+    def unpacked(values: Sequence[float]) -> LossConfig:
+        """The inverse: a config from `numbers()` followed by `choices()`. Reductions have become weights by then."""
+        fields: dict[str, Any] = {
+            name: None if math.isnan(x) else x for name, x in zip(NUMBERS, values[: len(NUMBERS)], strict=True)
+        }
+        for (name, allowed), i in zip(CHOICES.items(), values[len(NUMBERS) :], strict=True):
+            fields[name] = allowed[int(i)]
+        return LossConfig(**fields)
 
     @staticmethod
     def preset(name: str, **changes: Any) -> LossConfig:

@@ -333,7 +333,8 @@ def value_loss(values, old_values, returns, config: LossConfig) -> tuple[Tensor,
         near = old_values + (values - old_values).clamp(-clip, clip)
         near_loss = value_penalty(near - returns, config)
         if config.value_clip_mode == "max":
-            loss, clipped = torch.maximum(loss, near_loss), near_loss > loss
+            outside = (values - old_values).abs() > clip  # inside, the two differ by rounding only
+            loss, clipped = torch.maximum(loss, near_loss), (near_loss > loss) & outside
         else:
             loss, clipped = near_loss, (values - old_values).abs() > clip
     return (0.5 * loss if config.value_half else loss), clipped

@@ -1,0 +1,39 @@
+// Per-token estimates of KL(policy || reference) from u = ref_log_prob - log_prob, and d/d log_prob.
+// joschu.net/blog/kl-approx.html.
+#pragma once
+#include "elementary.h"
+#include "surrogate.h"
+
+namespace pf {
+namespace PF_ISA {
+
+template <class V, class T>
+PF_FN void kl_term(V u, const LossParams& p, const LossNumbers<T>& c, V& k, V& grad) {
+  const V zero(T(0)), one(T(1));
+  auto alive = u == u;
+  alive = alive | !alive;
+  if (c.has_kl_clamp) {
+    const V bound(c.kl_clamp);
+    alive = !((u < -bound) | (u > bound));
+    u = clamp_of(u, -bound, bound);
+  }
+  if (p.kl == kK1) {
+    k = -u, grad = one;
+  } else if (p.kl == kAbs) {
+    k = abs_of(u), grad = select(u > zero, -one, select(u < zero, one, zero));
+  } else if (p.kl == kK2) {
+    k = V(T(0.5)) * u * u, grad = -u;
+  } else {
+    const V e = exp_of(u);
+    k = exp_minus_one_minus(u, e), grad = one - e;
+  }
+  if (c.has_kl_value_clamp) {
+    const V bound(c.kl_value_clamp);
+    alive = alive & !((k < -bound) | (k > bound));
+    k = clamp_of(k, -bound, bound);
+  }
+  grad = select(alive, grad, zero);
+}
+
+}  // namespace PF_ISA
+}  // namespace pf

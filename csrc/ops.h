@@ -1,0 +1,84 @@
+// The contract between the bindings and the kernels: plain structs of pointers, shapes and strides. Whoever calls
+// allocates everything; kernels neither allocate nor throw. Strides and shapes count elements.
+#pragma once
+#include <cstdint>
+
+namespace pf {
+
+enum class DType : int32_t { f32, f64, bf16, f16, i64, i32, i16, i8, u8, boolean };
+
+constexpr int kMaxDims = 8;
+
+// A tensor of any strides. Dimensions that strides allow to merge are merged, so most have one. data == nullptr: absent.
+struct Stream {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int32_t ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+};
+
+// Rows of `width` elements, e.g. logits [..., A]: `lead` walks the rows, `stride` the elements of one.
+struct Rows {
+  Stream lead;
+  int64_t width = 0;
+  int64_t stride = 1;
+};
+
+// A label or a sparse entry that a kernel met and refused: -1, or where it was, and its value.
+struct Offence {
+  int64_t where = -1;
+  int64_t value = 0;
+};
+
+// --- losses ----------------------------------------------------------------------------------------------------------
+
+// Order of LossConfig.NUMBERS and CHOICES in ppo_fast/config.py. NaN: switched off.
+struct LossParams {
+  double clip_low, clip_high, dual_clip, ratio_cap, log_ratio_clamp, huber_delta, value_clip, value_coef, entropy_coef,
+      kl_coef, kl_clamp, kl_value_clamp, advantage_eps, rollout_low, rollout_high;
+  int32_t value_loss, value_half, value_clip_mode, kl, normalize_advantages, advantage_ddof, rollout_correction;
+};
+enum ValueLoss { kMse, kHuber };
+enum ValueClipMode { kClipMax, kClipReplace, kClipError };
+enum Kl { kNoKl, kK1, kAbs, kK2, kK3 };
+enum RolloutCorrection { kNoCorrection, kTis, kIcePop };
+
+// Order of STATS in ppo_fast/config.py.
+#define PF_STATS(X)                                                                                                \
+  X(policy_loss) X(value_loss) X(entropy) X(kl) X(approx_kl) X(old_approx_kl) X(clip_fraction) X(clip_fraction_low) \
+  X(clip_fraction_high) X(dual_clip_fraction) X(value_clip_fraction) X(ratio_mean) X(ratio_min) X(ratio_max) X(ess) \
+  X(explained_variance)
+enum Stat {
+#define X(name) k_##name,
+  PF_STATS(X)
+#undef X
+      kStatCount
+};
+
+// What every PPO loss reads and writes per element; n elements, in the order of the log-probs.
+struct LossArgs {
+  LossParams params;
+  int64_t n;
+  Stream old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights;  // the rollout's
+  Stream index;                      // present: element i of the rollout's streams is their element index[i]
+  int64_t buffer_n;                  // elements of the rollout's streams (bound of index)
+  Stream values, entropy;            // with gradients
+  double denominator;                // NaN: the number of valid elements
+  bool sum;                          // reduction "sum": nothing is divided unless a denominator is given
+  bool is_double;                    // compute in float64, else float32
+  void *loss, *stats;                // [] and [kStatCount], in the compute dtype
+  Stream grad_values, grad_entropy;  // contiguous, nullptr where not wanted; d loss / d input
+  int threads;
+};
+
+struct PpoLossArgs {
+  LossArgs loss;
+  Stream log_prob, grad_log_prob;
+};
+
+// Every CPU op: its name and its arguments. csrc/cpu/<name>.inc is the body.
+#define PF_CPU_OPS(X) \
+  X(ppo_loss, PpoLossArgs)
+
+}  // namespace pf

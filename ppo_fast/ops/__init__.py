@@ -1,0 +1,1 @@
+"""One file an op: its public function with docstring, checks and autograd. Formulas stand in reference.py and csrc/math."""

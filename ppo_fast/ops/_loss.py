@@ -1,0 +1,127 @@
+"""What the three losses share in Python: weights, outputs, and the arguments that no gradient flows to."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from ..config import STATS, LossConfig
+from ..reductions import token_weights
+
+
+@lru_cache(maxsize=256)
+def packed(config: LossConfig):
+    """The config as C++ has it."""
+    return _backend._C.LossParams(config.numbers(), config.choices())
+
+
+def check_config(op: str, config: LossConfig | None) -> LossConfig:
+    if config is None:
+        return LossConfig()
+    if not isinstance(config, LossConfig):
+        raise TypeError(f"{op}: config must be a LossConfig, got {type(config).__name__}")
+    return config
+
+
+def constants(op: str, **tensors: Tensor | None) -> None:
+    """An input that gets no gradient but requires one is a mistake that would train silently wrong."""
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{op}: {name} gets no gradient but requires one; detach it or use torch.no_grad()")
+
+
+def weighting(
+    op: str,
+    config: LossConfig,
+    like: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    denominator: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor | None, float, bool]:
+    """(weights, denominator or NaN, whether nothing else is divided): what kernels take for a reduction."""
+    if denominator is not None and not isinstance(denominator, Tensor):
+        if not (isinstance(denominator, (int, float)) and math.isfinite(denominator) and denominator > 0):
+            raise ValueError(f"{op}: denominator must be a finite number > 0, got {denominator!r}")
+        if weights is not None or config.reduction in ("token-mean", "sum"):
+            return weights, float(denominator), True
+    elif denominator is None:
+        if weights is not None:
+            return weights, math.nan, True
+        if config.reduction in ("token-mean", "sum"):
+            return None, math.nan, config.reduction == "sum"
+    valid = None if mask is None else mask != 0
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    ones = torch.empty((), dtype=dtype, device=like.device).expand(like.shape)
+    return token_weights(ones, valid, config.reduction, weights, denominator, cu_seqlens), math.nan, True
+
+
+def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
+    double = any(x is not None and x.dtype == torch.float64 for x in inputs)
+    return torch.float64 if double else torch.float32
+
+
+def outputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss [] and the statistics [len(STATS)], for a kernel to fill."""
+    dtype = compute_dtype(*inputs)
+    return torch.empty((), dtype=dtype), torch.empty(len(STATS), dtype=dtype)
+
+
+def check_streams(op: str, shape: torch.Size, config: LossConfig, **streams: Tensor | None) -> None:
+    """For the reference, what the bindings check for the kernels."""
+    for name, x in streams.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name} must be the shape of log_prob = {list(shape)}, got {list(x.shape)}")
+    needs = {"values": "returns"}
+    if config.value_clip is not None and config.value_clip_mode != "error":
+        needs |= {"values and value_clip": "old_values"}
+    for have, want in needs.items():
+        if streams["values"] is not None and streams[want] is None:
+            raise TypeError(f"{op}: {want} must be a tensor with {have}, got None")
+    if config.kl is not None and streams["ref_log_prob"] is None:
+        raise TypeError(f"{op}: ref_log_prob must be a tensor with LossConfig(kl=...), got None")
+    if config.rollout_correction is not None and streams["rollout_log_prob"] is None:
+        raise TypeError(f"{op}: rollout_log_prob must be a tensor with LossConfig(rollout_correction=...), got None")
+
+
+ROLLOUT = ("old_log_prob", "advantages", "old_values", "returns", "ref_log_prob", "rollout_log_prob", "mask", "weights")
+
+
+def as_reference_takes(rollout: tuple) -> dict:
+    """The registered op's rollout arguments as the reference's keywords; a config of its own says how to sum."""
+    *tensors, count, total = rollout
+    streams = dict(zip(ROLLOUT, tensors, strict=True))
+    if total and streams["weights"] is None:
+        streams["weights"] = torch.ones_like(streams["old_log_prob"])
+    return {**streams, "denominator": None if math.isnan(count) else count}
+
+
+def from_reference(function, inputs, needed):
+    """(loss, stats, *grads) by differentiating the reference: the registered op where no kernel runs."""
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+        loss, stats = function(*leaves)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+    found = [next(grads) if x is not None and x.requires_grad else None for x in leaves]
+    zeros = [torch.zeros_like(x) if g is None and need else g for x, g, need in zip(inputs, found, needed, strict=True)]
+    return loss.detach(), stats.vector, *zeros
+
+
+def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:
+    if x is None or not wanted:
+        return None
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+def wants(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad

@@ -1,0 +1,137 @@
+"""PPO loss from log-probs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _library, reference
+from .._autograd import attach
+from ..config import STATS, LossConfig
+from ..outputs import PPOLoss, Stats
+from . import _loss
+
+
+def ppo_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    config: LossConfig | None = None,
+    *,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_log_prob: Tensor | None = None,
+    rollout_log_prob: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> PPOLoss:
+    """Clipped PPO loss with value, entropy and KL terms, its gradients and all statistics in one pass.
+
+    Formula (Schulman et al. 2017, arXiv 1707.06347; every switch: `LossConfig`)::
+
+        loss = Σ_t w_t·(policy_t + value_coef·value_t - entropy_coef·entropy_t + kl_coef·kl_t)
+        policy_t = max(-A·r, -A·clip(r, 1 - clip_low, 1 + clip_high)),  r = exp(log_prob - old_log_prob)
+
+    Args:
+        log_prob: log-probabilities of the taken actions or tokens, nats; any shape [...], any strides. Gradient.
+        old_log_prob, advantages: same shape; constants.
+        config: what the loss is made of; `LossConfig.preset(...)` for another trainer's definition.
+        values, old_values, returns: the value term; `values` gets a gradient. `old_values` is needed by a value clip.
+        entropy: per-token entropy, for the bonus; gradient.
+        ref_log_prob: of the reference policy, for `config.kl`.
+        rollout_log_prob: of the engine that sampled, for `config.rollout_correction`.
+        mask: bool, integer or floating, [...]; elements that are 0 are not read and reach nothing.
+        cu_seqlens: [S + 1], borders of the sequences in packed 1-D inputs, for the "seq-mean-..." reductions; without
+            it sequences are the rows of [B, T].
+        weights: [...], per-token weights w_t instead of a reduction.
+        denominator: number or 0-dim tensor that replaces the count a reduction divides by (micro-batches, ranks).
+
+    Returns:
+        `PPOLoss(loss, stats)`: 0-dim loss and detached `Stats`, float32 (float64 if log_prob, values or entropy is).
+
+    Gradient: that of the formula; at ties `max` splits ½/½ and `clamp` passes on its edge, as torch's own. Gradients
+    are written in the forward pass and have the dtype of their input. Double backward goes through the reference.
+
+    Errors: TypeError for a dtype or a missing tensor, ValueError for a shape, or for a constant that requires a gradient.
+
+    Cost: reads each input once and writes each gradient once; advantages or mask once more where the loss needs their
+    mean or count first. float32 with values, entropy and all gradients: 7 reads + 3 writes = 40 bytes an element.
+    """
+    config = _loss.check_config("ppo_loss", config)
+    _loss.constants("ppo_loss", old_log_prob=old_log_prob, advantages=advantages, old_values=old_values, returns=returns,
+                    ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, weights=weights)  # fmt: skip
+
+    def specification(log_prob, values, entropy):
+        return reference.ppo_loss(
+            log_prob, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
+            entropy=entropy, ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
+            cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
+        )  # fmt: skip
+
+    inputs = (log_prob, values, entropy)
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or _backend.takes_kernel("ppo_loss", log_prob)):
+        _loss.check_streams("ppo_loss", log_prob.shape, config, old_log_prob=old_log_prob, advantages=advantages,
+                            values=values, old_values=old_values, returns=returns, entropy=entropy,
+                            ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
+                            weights=weights)  # fmt: skip
+        return specification(*inputs)
+    w, count, total = _loss.weighting("ppo_loss", config, log_prob, mask, weights, denominator, cu_seqlens)
+    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, w, count, total)
+    if compiling:
+        loss, stats, *_ = _op(*inputs, *rollout, *config.numbers(), *config.choices())
+        return PPOLoss(loss, Stats(stats))
+    params = _loss.packed(config)
+    needed = tuple(map(_loss.wants, inputs)) if torch.is_grad_enabled() else (False, False, False)
+    loss, stats, *grads = _fill(params, inputs, needed, *rollout)
+    if any(needed):
+        loss = attach(
+            loss, inputs, grads,
+            lambda *inputs: _fill(params, inputs, needed, *rollout)[2:],
+            lambda *inputs: specification(*inputs).loss,
+        )  # fmt: skip
+    return PPOLoss(loss, Stats(stats))
+
+
+def _fill(params, inputs, needed, old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask,
+          weights, count, total):  # fmt: skip
+    """Allocates and calls the kernel: loss, statistics, and the gradient of each input that needs one."""
+    log_prob, values, entropy = inputs
+    loss, stats = _loss.outputs(*inputs)
+    grads = [_loss.gradient_for(x, need) for x, need in zip(inputs, needed, strict=True)]
+    _backend._C.ppo_loss(
+        params, log_prob, old_log_prob, advantages, values, old_values, returns, entropy, ref_log_prob,
+        rollout_log_prob, mask, weights, count, total, loss, stats, *grads, torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, stats, *grads
+
+
+# --- under torch.compile ----------------------------------------------------------------------------------------------
+
+
+def _kernel(log_prob, values, entropy, *rest):
+    inputs = (log_prob, values, entropy)
+    rollout, config = rest[: -_library.N_CONFIG], LossConfig.unpacked(rest[-_library.N_CONFIG :])
+    needed = tuple(x is not None for x in inputs)
+    if _backend.takes_kernel("ppo_loss", log_prob):
+        loss, stats, *grads = _fill(_loss.packed(config), inputs, needed, *rollout)
+    else:
+        def specification(log_prob, values, entropy):
+            streams = _loss.as_reference_takes(rollout)
+            return reference.ppo_loss(log_prob, config=config, values=values, entropy=entropy, **streams)
+
+        loss, stats, *grads = _loss.from_reference(specification, inputs, needed)
+    return loss, stats, *(_library.placeholder(log_prob) if g is None else g for g in grads)
+
+
+def _fake(log_prob, values, entropy, *rest):
+    dtype = _loss.compute_dtype(log_prob, values, entropy)
+    grads = (_library.placeholder(log_prob) if x is None else x.new_empty(x.shape) for x in (log_prob, values, entropy))
+    return log_prob.new_empty((), dtype=dtype), log_prob.new_empty(len(STATS), dtype=dtype), *grads
+
+
+_op = _library.define_loss("ppo_loss", "Tensor log_prob, Tensor? values, Tensor? entropy", _kernel, _fake)
