@@ -1,0 +1,226 @@
+"""PPO on gymnasium environments: `train(ControlConfig(...))`.
+
+An iteration collects num-envs x num-steps steps, estimates advantages, and takes epochs of minibatch steps. Between two
+iterations the whole state is plain data: parameters, optimiser, normalisers, generators, counters, and each
+environment as the seed and actions of its unfinished episode. A checkpoint is that state; a run that was killed and
+resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ppo_fast.config import STATS
+
+from . import checkpoint
+from .config import ControlConfig
+from .envs import MakeEnv, make_envs, replay_states, restore
+from .errors import UserError, one_line
+from .learner import Learner
+from .networks import ActorCritic
+from .normalize import ObservationNormalizer, RewardNormalizer
+from .policies import make_policy
+from .presets import PRESETS, preset
+from .report import PROGRESS_COLUMNS, LiveProgress, Snapshot, Timing, summary
+from .rollout import Collector, Episode
+from .rundir import CHECKPOINT, RunDir, claim
+from .session import Interrupt, Session, load_checkpoint, resume_command
+from .spaces import ObservationCodec
+
+__all__ = ["PRESETS", "ControlConfig", "TrainResult", "UserError", "preset", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    finished: bool  # False: interrupted with Ctrl-C, after writing a checkpoint
+    global_step: int
+    episodes: int
+    mean_return: float  # of the last 100 episodes
+    timing: Timing
+
+
+class Trainer:
+    """The state of a run and one iteration of it; no files, no output."""
+
+    def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
+        self.config = config
+        random.seed(config.seed)  # the global generators are for environments that use them
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.envs = make_envs(config, make_env)
+        codec = ObservationCodec(self.envs.single_observation_space)
+        policy = make_policy(self.envs.single_action_space)
+        self.net = ActorCritic(
+            codec.dim,
+            policy.num_params,
+            policy.num_log_std,
+            config.hidden_sizes,
+            config.initial_log_std,
+            self.generator,
+        )
+        self.obs_normalizer = ObservationNormalizer(codec.dim) if config.normalize_observations else None
+        self.reward_normalizer = RewardNormalizer(config.num_envs, config.gamma) if config.normalize_rewards else None
+        self.collector = Collector(config, self.envs, codec, policy, self.net, self.obs_normalizer, self.generator)
+        self.learner = Learner(config, policy, self.net, self.generator)
+        self.now = Snapshot()
+        try:
+            obs, info = self.envs.reset()
+        except Exception as error:
+            self.close()
+            raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
+        self.collector.begin(obs, info)
+
+    def learning_rate(self) -> float:
+        config = self.config
+        share = 1.0 - self.now.iteration / config.num_iterations if config.anneal_lr else 1.0
+        return config.learning_rate * share
+
+    def iterate(self) -> tuple[list[Episode], dict[str, Any]]:
+        """One rollout and one update; the episodes that ended and a row of `PROGRESS_COLUMNS`."""
+        now, learning_rate = self.now, self.learning_rate()
+        timing = now.timing
+        start = time.perf_counter()
+        self.collector.collect()
+        episodes = self.collector.episodes(now.global_step)
+        collected = time.perf_counter()
+        batch = self.learner.batch(self.collector, self.reward_normalizer)
+        rows = torch.from_numpy(np.flatnonzero(self.collector.valid))
+        estimated = time.perf_counter()
+        stats, _ = self.learner.update(batch, rows, learning_rate)
+        updated = time.perf_counter()
+        timing.rollout += collected - start
+        timing.advantage += estimated - collected
+        timing.update += updated - estimated
+
+        now.iteration += 1
+        now.global_step += self.config.batch_size
+        now.episodes += len(episodes)
+        now.recent.extend(episode.ret for episode in episodes)
+        named = dict(zip((*STATS, "grad_norm"), stats.tolist(), strict=True))
+        explained = explained_variance(batch.values[rows], batch.returns[rows])
+        named.update(
+            global_step=now.global_step, iteration=now.iteration, episodes=now.episodes, mean_return=now.mean_return,
+            learning_rate=learning_rate, explained_variance=explained,
+            steps_per_second=self.config.batch_size / (updated - start),
+        )  # fmt: skip
+        return episodes, {name: named[name] for name in PROGRESS_COLUMNS}
+
+    def state_dict(self) -> dict[str, Any]:
+        now = self.now
+        envs = [[episode, torch.from_numpy(actions)] for episode, actions in replay_states(self.envs)]
+        normalizers = {
+            "observations": None if self.obs_normalizer is None else self.obs_normalizer.moments.state_dict(),
+            "rewards": None if self.reward_normalizer is None else self.reward_normalizer.state_dict(),
+        }
+        return {
+            "parameters": self.net.state_dict(), "optimizer": self.learner.state_dict(), "normalizers": normalizers,
+            "generator": self.generator.get_state(), "global_rng": checkpoint.global_rng_state(),
+            "envs": envs, "collector": self.collector.state_dict(),
+            "now": {"global_step": now.global_step, "iteration": now.iteration, "episodes": now.episodes,
+                    "recent": list(now.recent), "timing": asdict(now.timing)},
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Puts everything back; False if the environments did not replay to the observations of the checkpoint."""
+        self.net.load_state_dict(state["parameters"])
+        self.learner.load_state_dict(state["optimizer"])
+        if self.obs_normalizer is not None:
+            self.obs_normalizer.moments.load_state_dict(state["normalizers"]["observations"])
+        if self.reward_normalizer is not None:
+            self.reward_normalizer.load_state_dict(state["normalizers"]["rewards"])
+        now = dict(state["now"])
+        self.now = Snapshot(**{**now, "recent": deque(now["recent"], 100), "timing": Timing(**now["timing"])})
+        obs, info = restore(self.envs, [(episode, actions.numpy()) for episode, actions in state["envs"]])
+        self.collector.load_state_dict(state["collector"])
+        expected = self.collector.raw_obs[-1].clone()
+        self.collector.begin(obs, info)
+        self.generator.set_state(state["generator"])
+        checkpoint.set_global_rng_state(state["global_rng"])
+        return torch.equal(expected, self.collector.raw_obs[-1])
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns); NaN where all returns are equal."""
+    variance = float(returns.var(correction=0))
+    return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else float("nan")
+
+
+def _loop(session: Session, console: Console) -> bool:
+    """Iterations until the end, or until Ctrl-C; whether the run is finished."""
+    trainer, config = session.trainer, session.config
+    live = LiveProgress(config, console)
+    try:
+        with Interrupt(console) as interrupt:
+            while trainer.now.iteration < config.num_iterations:
+                episodes, row = trainer.iterate()
+                start = time.perf_counter()
+                session.log(episodes, row)
+                live.update(trainer.now, row)
+                if interrupt.requested:
+                    session.save()
+                    return trainer.now.iteration == config.num_iterations
+                session.save_if_due()
+                trainer.now.timing.other += time.perf_counter() - start
+    finally:
+        live.close()
+    return True
+
+
+def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Console | None = None) -> TrainResult:
+    """Trains as `config` says and leaves checkpoint, logs and plot in its folder.
+
+    `make_env` makes one environment and replaces `config.env_id`. Raises `UserError` for wrong input, for an
+    environment that fails, and for a folder that cannot be written; what was written before stays whole.
+    """
+    console = Console() if console is None else console
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        state = load_checkpoint(config)
+        # before the folder, so that a mistake found here leaves no trace
+        with contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
+            try:
+                return _train(trainer, run, state, console)
+            except OSError as error:
+                raise UserError(f"--run-dir: {run.path} cannot be written ({one_line(error)})") from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(trainer: Trainer, run: RunDir, state: dict[str, Any] | None, console: Console) -> TrainResult:
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    if run.taken is not None:
+        say(f"{run.taken} is taken and stays as it is; this run goes to {run.path}")
+        if (run.taken / CHECKPOINT).exists():
+            say(f"(the one in {run.taken} continues with: {resume_command(run.taken)})")
+    if trainer.config.resume and state is None:
+        say(f"no checkpoint in {run.path} yet: starting from the beginning")
+    session = Session(trainer, run, state, say)
+    with contextlib.closing(session):
+        finished = _loop(session, console)
+        files = session.finish() if finished else []
+    now = trainer.now
+    if finished:
+        console.print(summary(trainer.config, now, files))
+    else:
+        say(f"stopped at step {now.global_step:,}; continue with: {resume_command(run.path)}")
+    return TrainResult(run.path, finished, now.global_step, now.episodes, now.mean_return, now.timing)

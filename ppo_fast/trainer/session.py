@@ -1,0 +1,138 @@
+"""A trainer in its folder: logs, checkpoints, resuming, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from . import checkpoint
+from .config import ControlConfig, differences, from_dict, to_dict
+from .errors import UserError, one_line
+from .report import EPISODE_COLUMNS, PROGRESS_COLUMNS, TensorBoard, draw_curve, read_episodes, tensorboard_scalars
+from .rollout import Episode
+from .rundir import CHECKPOINT, CsvLog, RunDir
+
+if TYPE_CHECKING:
+    from .control import Trainer
+
+
+class Interrupt:
+    """Ctrl-C asks for a stop at the end of the iteration, where a checkpoint is exact; a second one stops at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.requested = console, False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.console.print("stopping after this iteration; Ctrl-C again stops at once, at the last checkpoint")
+
+
+def resume_command(path: Path) -> str:
+    return f"ppo-fast train control --run-dir {shlex.quote(str(path))} --resume"
+
+
+def load_checkpoint(config: ControlConfig) -> dict[str, Any] | None:
+    """The state to resume from, if there is one; `UserError` where it belongs to another configuration."""
+    path = config.folder / CHECKPOINT
+    if not config.resume or not path.exists():
+        return None
+    state = checkpoint.load(path)
+    if not isinstance(state.get("config"), dict):
+        raise UserError(f"{path}: expected a checkpoint with its configuration, got none")
+    changed = differences(from_dict(state["config"], str(path)), config)
+    if changed:
+        raise UserError(
+            f"--resume: expected the configuration that {config.folder} was started with, got {'; '.join(changed)}"
+        )
+    return state
+
+
+class Session:
+    """Everything a run writes. `state` is the checkpoint to go on from, `say` prints a line."""
+
+    def __init__(self, trainer: Trainer, run: RunDir, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
+        self.trainer, self.config, self.run, self.say = trainer, trainer.config, run, say
+        offsets = {"episodes": 0, "progress": 0} if state is None else self._restore(state)
+        self._saved_at, self._saved_step = time.perf_counter(), trainer.now.global_step
+        self.board: TensorBoard | None = None
+        with contextlib.ExitStack() as logs:  # what is open when a later one fails gets closed
+            self.episodes = CsvLog(run.path / "episodes.csv", EPISODE_COLUMNS, offsets["episodes"])
+            logs.callback(self.episodes.close)
+            self.progress = CsvLog(run.path / "progress.csv", PROGRESS_COLUMNS, offsets["progress"])
+            logs.callback(self.progress.close)
+            if self.config.tensorboard:
+                self.board = TensorBoard(run.path / "tensorboard", self._saved_step)
+                logs.callback(self.board.close)
+            self._logs = logs.pop_all()
+
+    def _restore(self, state: dict[str, Any]) -> dict[str, int]:
+        path = self.run.path / CHECKPOINT
+        try:
+            exact = self.trainer.load_state_dict(state)
+            offsets = {name: int(state["logs"][name]) for name in ("episodes", "progress")}
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            raise UserError(
+                f"{path}: expected a checkpoint of this run, got one that does not fit ({one_line(error)})"
+            ) from error
+        if not exact:
+            self.say(
+                f"warning: {self.config.env_id} is not deterministic: its episodes did not replay to the same "
+                "observations; the run goes on from the replayed ones and is not an exact continuation"
+            )
+        self.say(f"resuming {self.run.path} at step {self.trainer.now.global_step:,}")
+        return offsets
+
+    def log(self, episodes: list[Episode], row: dict[str, Any]) -> None:
+        self.episodes.rows(episodes)
+        self.progress.rows([row.values()])
+        if self.board is not None:
+            self.board.scalars(tensorboard_scalars(row), row["global_step"])
+
+    def save(self) -> None:
+        """Logs first: the checkpoint points into them."""
+        logs = {"episodes": self.episodes.sync(), "progress": self.progress.sync()}
+        if self.board is not None:
+            self.board.flush()
+        state = {"config": to_dict(self.config), "logs": logs, **self.trainer.state_dict()}
+        checkpoint.save(self.run.path / CHECKPOINT, state)
+        self._saved_at, self._saved_step = time.perf_counter(), self.trainer.now.global_step
+
+    def save_if_due(self) -> None:
+        if time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds:
+            self.save()
+
+    def finish(self) -> list[tuple[str, Path]]:
+        """Last checkpoint and plot; the files that a summary names."""
+        if self._saved_step != self.trainer.now.global_step:
+            self.save()
+        files = [("checkpoint", self.run.path / CHECKPOINT), ("episodes", self.episodes.path)]
+        files.append(("progress", self.progress.path))
+        if self.config.plot:
+            steps, returns = read_episodes(self.episodes.path)
+            title = f"{self.config.env_id}, seed {self.config.seed}"
+            self.run.write("curve.png", draw_curve(steps, returns, title))
+            files.append(("learning curve", self.run.path / "curve.png"))
+        return files
+
+    def close(self) -> None:
+        self._logs.close()
