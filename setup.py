@@ -1,47 +1,103 @@
-"""Builds ppo_fast._C with CMake and ninja. Needs a C++20 compiler and pybind11, never torch."""
+"""Builds ppo_fast._C, and ppo_fast._C_cuda where there are CUDA sources and nvcc, with CMake and ninja.
 
+Needs a C++20 compiler and the build dependencies of pyproject.toml, never torch. Variables: docs/environment.md.
+"""
+
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
 
-def dlpack_include() -> str:
-    """Folder that holds dlpack/dlpack.h: the apache-tvm-ffi wheel's, found without importing it."""
-    import importlib.util
+def folder_of(module: str) -> Path:
+    """Where an installed package lies, found without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"ppo_fast: the build dependency {module} is not installed")
+    return Path(next(iter(spec.submodule_search_locations)))
 
-    spec = importlib.util.find_spec("tvm_ffi")
-    for root in spec.submodule_search_locations or () if spec else ():
-        include = Path(root) / "include"
-        if (include / "dlpack" / "dlpack.h").exists():
-            return str(include)
-    raise SystemExit("ppo_fast: dlpack/dlpack.h not found; install the build dependency apache-tvm-ffi")
+
+def dlpack_include() -> Path:
+    """Folder that holds dlpack/dlpack.h: the apache-tvm-ffi wheel's."""
+    include = folder_of("tvm_ffi") / "include"
+    if not (include / "dlpack" / "dlpack.h").exists():
+        raise SystemExit(f"ppo_fast: expected dlpack/dlpack.h in {include} of the build dependency apache-tvm-ffi")
+    return include
+
+
+def tool(name: str) -> str:
+    """cmake or ninja: the one beside this Python, which a build environment has, else the one on PATH."""
+    beside = Path(sys.executable).parent
+    found = shutil.which(name, path=str(beside)) or shutil.which(name)
+    if found is None:
+        raise SystemExit(f"ppo_fast: {name} not found; install the build dependencies of pyproject.toml")
+    return found
+
+
+def cuda() -> tuple[str, str]:
+    """(nvcc or "", the reason), from PPO_FAST_CUDA, csrc/cuda and nvcc."""
+    word = os.environ.get("PPO_FAST_CUDA", "")
+    if word not in ("", "0", "1"):
+        raise SystemExit(f"ppo_fast: PPO_FAST_CUDA must be 0, 1 or unset, got {word!r}")
+    if word == "0":
+        return "", "switched off by PPO_FAST_CUDA=0"
+    nvcc = shutil.which("nvcc")
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if nvcc is None and os.environ.get(variable):
+            nvcc = shutil.which("nvcc", path=str(Path(os.environ[variable]) / "bin"))
+    missing = ""
+    if not any((ROOT / "csrc" / "cuda").glob("*.cu")):
+        missing = "no sources in this release"
+    elif nvcc is None:
+        missing = "no nvcc on PATH or in CUDA_HOME"
+    if missing and word == "1":
+        raise SystemExit(f"ppo_fast: PPO_FAST_CUDA=1, but {missing}")
+    return ("", missing) if missing or nvcc is None else (nvcc, f"built with {nvcc}")
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        build = ROOT / os.environ.get("PPO_FAST_BUILD_DIR", self.build_temp)
+        nvcc, why = cuda()
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={folder_of('pybind11') / 'share' / 'cmake' / 'pybind11'}",
             f"-DDLPACK_INCLUDE_DIR={dlpack_include()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('PPO_FAST_BUILD_TYPE', 'Release')}",
+            f"-DPPO_FAST_CUDA={'ON' if nvcc else 'OFF'}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
         ]  # fmt: skip
+        build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        print(f"ppo_fast: built {target.name} ({target.stat().st_size // 1024} KiB)")
+        subprocess.run([tool("cmake"), "--build", str(build), "--target", ext.name.rpartition(".")[2]], check=True)
+        print(f"ppo_fast: built {target.name} ({target.stat().st_size // 1024} KiB); CUDA: {why}", flush=True)
 
 
-setup(ext_modules=[Extension("ppo_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+#: Top-level folders that are installed as parts of the package.
+PARTS = {
+    package: folder
+    for package, folder in {"ppo_fast.bench": "bench", "ppo_fast.kernels": "kernels"}.items()
+    if any((ROOT / folder).glob("*.py"))
+}
+packages = find_packages(str(ROOT), include=["ppo_fast", "ppo_fast.*"])
+for package, folder in PARTS.items():
+    packages += [package, *(f"{package}.{name}" for name in find_packages(str(ROOT / folder)))]
+extensions = ["ppo_fast._C", *(["ppo_fast._C_cuda"] if cuda()[0] else [])]
+setup(
+    packages=packages,
+    package_dir=PARTS,
+    ext_modules=[Extension(name, sources=[]) for name in extensions],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,71 @@
+# Two commands matter: `make train` and `make test`. `make` alone lists the rest.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test bench build lint types format wheel clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TEST_JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+ARGS ?=
+
+# One folder of objects for every build in .venv, so that a changed source recompiles what depends on it and no more.
+export PPO_FAST_BUILD_DIR := build/venv
+
+CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
+
+help:
+	@echo 'make train   install into .venv and train PPO on CartPole until it is solved    ARGS="--seed 2"'
+	@echo 'make test    install into .venv and run every check: style, types, tests        ARGS="-k gae"'
+	@echo 'make bench   measure every op and the trainer against their peers               ARGS="--help"'
+	@echo 'make build   compile what changed; an editable install then runs it'
+	@echo 'make lint    ruff, clang-format, mypy'
+	@echo 'make format  rewrite the sources in the style that lint asks for'
+	@echo 'make wheel   a wheel and a source archive in dist/'
+	@echo 'make clean   remove .venv and everything built; runs/ stays'
+	@echo 'Variables:   PYTHON=python3.12 (makes .venv), TEST_JOBS=4 (test processes)'
+
+train: build
+	$(BIN)/ppo-fast train control --env-id CartPole-v1 --run-dir runs/CartPole-v1 $(ARGS)
+
+# The tests come last: their summary is the last line. Two threads a process, which sleep when they wait.
+test: lint build
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(ARGS)
+
+bench: build
+	$(BIN)/ppo-fast bench $(ARGS)
+
+build: $(VENV)/built
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find ppo_fast bench tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f ppo_fast/*.so
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ppo_fast needs Python 3.10 or newer, got " + sys.version.split()[0] + "; choose another one with make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'No venv: install the package that has it (Debian and Ubuntu: python3-venv).' >&2; exit 1; }
+
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt setup.py
+	$(BIN)/python -m pip install -q 'pip>=21.3'
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel cmake ninja pybind11 apache-tvm-ffi
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed CMakeLists.txt setup.py $(CPP)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
