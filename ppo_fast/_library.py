@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .config import CHOICES, NUMBERS
+from .config import CHOICES
 
 _library = torch.library.Library("ppo_fast", "DEF")
 
-#: Schema of a LossConfig: numbers travel as float arguments, so a schedule over compiled calls stays right.
-CONFIG_SCHEMA = ", ".join([*(f"float {name}" for name in NUMBERS), *(f"int {name}" for name in CHOICES)])
-N_CONFIG = len(NUMBERS) + len(CHOICES)
+#: Schema of a LossConfig: its numbers as one tensor, which a schedule over compiled calls may change freely.
+CONFIG_SCHEMA = ", ".join(["Tensor numbers", *(f"int {name}" for name in CHOICES)])
+N_CONFIG = 1 + len(CHOICES)
 
 
 def define(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 POLICIES = ("ppo",)
 VALUE_LOSSES = ("mse", "huber")
 VALUE_CLIP_MODES = ("max", "replace", "error")
@@ -119,6 +121,10 @@ class LossConfig:
                 f"LossConfig: rollout_low must be <= rollout_high, got {self.rollout_low} > {self.rollout_high}"
             )
 
+        # torch.compile guards on a tensor's type, not on what it holds: an annealed coefficient recompiles nothing.
+        vector = torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
+        object.__setattr__(self, "numbers_vector", vector)
+
     def numbers(self) -> tuple[float, ...]:
         """`NUMBERS` in order, absent ones as NaN: what kernels and registered ops take."""
         return tuple(math.nan if (v := getattr(self, name)) is None else v for name in NUMBERS)
@@ -128,13 +134,13 @@ class LossConfig:
         return tuple(allowed.index(getattr(self, name)) for name, allowed in CHOICES.items())
 
     @staticmethod
-    def unpacked(values: Sequence[float]) -> LossConfig:
-        """The inverse: a config from `numbers()` followed by `choices()`. Reductions have become weights by then."""
+    def unpacked(numbers: Sequence[float], choices: Sequence[int]) -> LossConfig:
+        """The inverse of `numbers()` and `choices()`. Reductions have become weights by then."""
         fields: dict[str, Any] = {
-            name: None if math.isnan(x) else x for name, x in zip(NUMBERS, values[: len(NUMBERS)], strict=True)
+            name: None if math.isnan(x) else x for name, x in zip(NUMBERS, numbers, strict=True)
         }
-        for (name, allowed), i in zip(CHOICES.items(), values[len(NUMBERS) :], strict=True):
-            fields[name] = allowed[int(i)]
+        for (name, allowed), i in zip(CHOICES.items(), choices, strict=True):
+            fields[name] = allowed[i]
         return LossConfig(**fields)
 
     @staticmethod

@@ -1,9 +1,8 @@
-// The loss of one tile of tokens, its statistics and its gradients: the one place where ppo_loss, categorical_ppo_loss
-// and normal_ppo_loss meet. A term is a loop of its own over data that lies in L1.
+// What ppo_loss, categorical_ppo_loss and normal_ppo_loss share: how the rollout's streams become tiles, what is summed
+// over them, and how sums become loss and statistics. The loss of a tile itself is compiled once, in ppo_loss.inc.
 #pragma once
 #include "moments.h"
-#include "../math/kl.h"
-#include "../math/value_loss.h"
+#include "../math/surrogate.h"
 
 namespace pf {
 namespace PF_ISA {
@@ -12,15 +11,14 @@ constexpr int64_t kTile = 256;
 
 // Everything that is summed over tokens; partials of blocks are merged in block order.
 struct LossSums {
-  double policy = 0, value = 0, entropy = 0, kl = 0, k3 = 0, log_ratio = 0, low = 0, high = 0, dual = 0,
-         value_clipped = 0, ratio = 0, ratio2 = 0, count = 0;
+  LaneSum policy, value, entropy, kl, k3, log_ratio, low, high, dual, value_clipped, ratio, ratio2, count;
   double ratio_min = std::numeric_limits<double>::infinity(), ratio_max = -std::numeric_limits<double>::infinity();
-  Moments returns, residuals;
+  Moments returns, residuals;  // for the explained variance
 
   void merge(const LossSums& o) {
-    policy += o.policy, value += o.value, entropy += o.entropy, kl += o.kl, k3 += o.k3, log_ratio += o.log_ratio;
-    low += o.low, high += o.high, dual += o.dual, value_clipped += o.value_clipped, ratio += o.ratio;
-    ratio2 += o.ratio2, count += o.count;
+    policy.merge(o.policy), value.merge(o.value), entropy.merge(o.entropy), kl.merge(o.kl), k3.merge(o.k3);
+    log_ratio.merge(o.log_ratio), low.merge(o.low), high.merge(o.high), dual.merge(o.dual);
+    value_clipped.merge(o.value_clipped), ratio.merge(o.ratio), ratio2.merge(o.ratio2), count.merge(o.count);
     ratio_min = min_of(o.ratio_min, ratio_min), ratio_max = max_of(o.ratio_max, ratio_max);
     returns.merge(o.returns), residuals.merge(o.residuals);
   }
@@ -43,133 +41,9 @@ struct LossTile {
   T *grad_log_prob, *grad_values, *grad_entropy;
 };
 
+// The loss of one tile: adds to `sums`, writes the gradients that the tile has room for.
 template <class T>
-PF_INLINE Vec<T> count_of(const Mask<T>& m) {
-  return select(m, Vec<T>(T(1)), Vec<T>(T(0)));
-}
-
-// Σ r² in double, for the rare tile in which a square leaves the range of float.
-template <class T>
-inline double squared_ratios(const LossTile<T>& t, const LossNumbers<T>& c) {
-  double total = 0;
-  for (int64_t i = 0; i < t.n; ++i) {
-    if (t.mask && t.mask[i] == 0) continue;
-    T d = t.log_prob[i] - t.old_log_prob[i];
-    if (c.has_log_ratio_clamp) d = clamp_of(d, -c.log_ratio_clamp, c.log_ratio_clamp);
-    total += std::exp(2.0 * static_cast<double>(d));
-  }
-  return total;
-}
-
-template <class T>
-inline void policy_tile(const LossTile<T>& t, const LossParams& p, const LossNumbers<T>& c, const LossScale<T>& scale,
-                        LossSums& sums) {
-  using V = Vec<T>;
-  const V zero(T(0)), one(T(1)), inf(std::numeric_limits<T>::infinity());
-  V policy = zero, k3 = zero, log_ratio = zero, low = zero, high = zero, dual = zero, total = zero, total2 = zero,
-    count = zero, smallest = inf, largest = -inf;
-  for (int64_t i = 0; i < t.n; i += kLanes) {
-    const auto valid = tile_valid<T>(t.mask, i, t.n);
-    const V weight = t.weights ? select(valid, V::load(t.weights + i), zero) : one;
-    V a = select(valid, V::load(t.advantages + i), zero);
-    if (scale.normalize) a = (a - V(scale.shift)) / V(scale.divisor);
-    const V old = V::load(t.old_log_prob + i);
-    V d = select(valid, V::load(t.log_prob + i) - old, zero);
-    auto alive = valid;
-    if (c.has_log_ratio_clamp) {
-      const V bound(c.log_ratio_clamp);
-      alive = valid & !((d < -bound) | (d > bound));
-      d = clamp_of(d, -bound, bound);
-    }
-    const V ratio = exp_of(d);
-    auto s = surrogate(ratio, a, c);
-    if (p.rollout_correction != kNoCorrection) {
-      V rho = exp_of(old - V::load(t.rollout_log_prob + i));
-      if (p.rollout_correction == kTis) {
-        rho = min_of(rho, V(c.rollout_high));
-      } else {
-        rho = select((rho >= V(c.rollout_low)) & (rho <= V(c.rollout_high)), rho, zero);
-      }
-      s.loss = s.loss * rho, s.grad = s.grad * rho;
-    }
-    if (t.grad_log_prob) select(alive, s.grad * (weight * V(scale.weight)), zero).store(t.grad_log_prob + i);
-    policy = policy + select(valid, s.loss * weight, zero);
-    k3 = k3 + exp_minus_one_minus(d, ratio);
-    log_ratio = log_ratio + d;
-    const V r = select(valid, ratio, zero);
-    total = total + r;
-    total2 = total2 + r * r;
-    count = count + count_of(valid);
-    low = low + count_of(valid & (ratio < V(c.clip_lo)));
-    high = high + count_of(valid & (ratio > V(c.clip_hi)));
-    if (c.has_dual_clip) dual = dual + count_of(valid & s.dual_clipped);
-    smallest = min_of(select(valid, ratio, inf), smallest);
-    largest = max_of(select(valid, ratio, -inf), largest);
-  }
-  sums.policy += sum_of_lanes(policy), sums.k3 += sum_of_lanes(k3), sums.log_ratio += sum_of_lanes(log_ratio);
-  sums.low += sum_of_lanes(low), sums.high += sum_of_lanes(high), sums.dual += sum_of_lanes(dual);
-  sums.count += sum_of_lanes(count), sums.ratio += sum_of_lanes(total);
-  const double squares = sum_of_lanes(total2);
-  sums.ratio2 += std::isinf(squares) ? squared_ratios(t, c) : squares;
-  sums.ratio_min = min_of(double(fold(smallest, [](T x, T y) { return min_of(x, y); })), sums.ratio_min);
-  sums.ratio_max = max_of(double(fold(largest, [](T x, T y) { return max_of(x, y); })), sums.ratio_max);
-}
-
-template <class T>
-inline void value_tile(const LossTile<T>& t, const LossParams& p, const LossNumbers<T>& c, const LossScale<T>& scale,
-                       LossSums& sums, T* residuals) {
-  using V = Vec<T>;
-  const V zero(T(0)), one(T(1));
-  V loss = zero, clipped = zero;
-  const V coefficient(static_cast<T>(p.value_coef) * scale.weight);
-  for (int64_t i = 0; i < t.n; i += kLanes) {
-    const auto valid = tile_valid<T>(t.mask, i, t.n);
-    const V weight = t.weights ? select(valid, V::load(t.weights + i), zero) : one;
-    const V v = select(valid, V::load(t.values + i), zero), target = select(valid, V::load(t.returns + i), zero);
-    const V old = t.old_values ? select(valid, V::load(t.old_values + i), zero) : v;
-    const auto term = value_term(v, old, target, p, c);
-    if (t.grad_values) select(valid, term.grad * (weight * coefficient), zero).store(t.grad_values + i);
-    loss = loss + select(valid, term.loss * weight, zero);
-    if (c.has_value_clip) clipped = clipped + count_of(valid & term.clipped);
-    (target - v).store(residuals + i);
-  }
-  sums.value += sum_of_lanes(loss), sums.value_clipped += sum_of_lanes(clipped);
-  sums.returns.merge(tile_moments(t.returns, t.mask, t.n));
-  sums.residuals.merge(tile_moments<T>(residuals, t.mask, t.n));
-}
-
-template <class T>
-inline void entropy_tile(const LossTile<T>& t, const LossParams& p, const LossScale<T>& scale, LossSums& sums) {
-  using V = Vec<T>;
-  const V zero(T(0)), one(T(1)), coefficient(-(static_cast<T>(p.entropy_coef) * scale.weight));
-  V total = zero;
-  for (int64_t i = 0; i < t.n; i += kLanes) {
-    const auto valid = tile_valid<T>(t.mask, i, t.n);
-    const V weight = t.weights ? select(valid, V::load(t.weights + i), zero) : one;
-    total = total + select(valid, V::load(t.entropy + i) * weight, zero);
-    if (t.grad_entropy) select(valid, weight * coefficient, zero).store(t.grad_entropy + i);
-  }
-  sums.entropy += sum_of_lanes(total);
-}
-
-template <class T>
-inline void kl_tile(const LossTile<T>& t, const LossParams& p, const LossNumbers<T>& c, const LossScale<T>& scale,
-                    LossSums& sums) {
-  using V = Vec<T>;
-  const V zero(T(0)), one(T(1)), coefficient(static_cast<T>(p.kl_coef) * scale.weight);
-  V total = zero;
-  for (int64_t i = 0; i < t.n; i += kLanes) {
-    const auto valid = tile_valid<T>(t.mask, i, t.n);
-    const V weight = t.weights ? select(valid, V::load(t.weights + i), zero) : one;
-    V k, grad;
-    kl_term(select(valid, V::load(t.ref_log_prob + i) - V::load(t.log_prob + i), zero), p, c, k, grad);
-    total = total + select(valid, k * weight, zero);
-    if (t.grad_log_prob && p.kl_coef != 0) {
-      (V::load(t.grad_log_prob + i) + select(valid, grad * (weight * coefficient), zero)).store(t.grad_log_prob + i);
-    }
-  }
-  sums.kl += sum_of_lanes(total);
-}
+void loss_tile(const LossTile<T>& t, const LossParams& p, const LossScale<T>& scale, LossSums& sums);
 
 // Reads the rollout's tiles and says where gradients go; one per thread, on the stack.
 template <class T>
@@ -260,17 +134,18 @@ inline LossScale<T> loss_scale(const LossArgs& a) {
 template <class T>
 inline void finish_loss(const LossArgs& a, const LossScale<T>& scale, const LossSums& s) {
   const LossParams& p = a.params;
-  const double w = scale.weight, n = std::max(s.count, 1.0);
+  const double w = scale.weight, count = s.count.total(), n = std::max(count, 1.0), ratio = s.ratio.total();
   double stat[kStatCount];
-  stat[k_policy_loss] = w * s.policy, stat[k_value_loss] = w * s.value;
-  stat[k_entropy] = w * s.entropy, stat[k_kl] = w * s.kl;
-  stat[k_approx_kl] = s.k3 / n, stat[k_old_approx_kl] = -s.log_ratio / n;
-  stat[k_clip_fraction_low] = s.low / n, stat[k_clip_fraction_high] = s.high / n;
-  stat[k_clip_fraction] = (s.low + s.high) / n;
-  stat[k_dual_clip_fraction] = s.dual / n, stat[k_value_clip_fraction] = s.value_clipped / n;
-  stat[k_ratio_mean] = s.ratio / n;
-  stat[k_ratio_min] = s.count > 0 ? s.ratio_min : 0, stat[k_ratio_max] = s.count > 0 ? s.ratio_max : 0;
-  stat[k_ess] = s.count > 0 ? s.ratio * (s.ratio / (n * s.ratio2)) : 0;
+  stat[k_policy_loss] = w * s.policy.total(), stat[k_value_loss] = w * s.value.total();
+  stat[k_entropy] = w * s.entropy.total(), stat[k_kl] = w * s.kl.total();
+  stat[k_approx_kl] = s.k3.total() / n, stat[k_old_approx_kl] = -s.log_ratio.total() / n;
+  stat[k_clip_fraction_low] = s.low.total() / n, stat[k_clip_fraction_high] = s.high.total() / n;
+  stat[k_clip_fraction] = stat[k_clip_fraction_low] + stat[k_clip_fraction_high];
+  stat[k_dual_clip_fraction] = s.dual.total() / n, stat[k_value_clip_fraction] = s.value_clipped.total() / n;
+  stat[k_ratio_mean] = ratio / n;
+  const double poison = ratio != ratio ? ratio : 0;  // comparisons passed over a NaN ratio, its sum did not
+  stat[k_ratio_min] = count > 0 ? s.ratio_min + poison : 0, stat[k_ratio_max] = count > 0 ? s.ratio_max + poison : 0;
+  stat[k_ess] = count > 0 ? ratio * (ratio / (n * s.ratio2.total())) : 0;
   const double nan = std::numeric_limits<double>::quiet_NaN();
   stat[k_explained_variance] = s.returns.m2 > 0 ? 1.0 - s.residuals.m2 / s.returns.m2 : nan;
   double loss = stat[k_policy_loss];
@@ -279,18 +154,6 @@ inline void finish_loss(const LossArgs& a, const LossScale<T>& scale, const Loss
   if (p.kl != kNoKl) loss += p.kl_coef * stat[k_kl];
   *static_cast<T*>(a.loss) = static_cast<T>(loss);
   for (int i = 0; i < kStatCount; ++i) static_cast<T*>(a.stats)[i] = static_cast<T>(stat[i]);
-}
-
-template <class T>
-inline void loss_tile(const LossTile<T>& t, const LossParams& p, const LossNumbers<T>& c, const LossScale<T>& scale,
-                      LossSums& sums) {
-  policy_tile(t, p, c, scale, sums);
-  if (t.values) {
-    alignas(64) T residuals[kTile];
-    value_tile(t, p, c, scale, sums, residuals);
-  }
-  if (t.entropy) entropy_tile(t, p, scale, sums);
-  if (p.kl != kNoKl) kl_tile(t, p, c, scale, sums);
 }
 
 }  // namespace PF_ISA

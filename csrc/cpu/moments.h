@@ -17,33 +17,36 @@ struct Moments {
   }
 };
 
-// x at n valid lanes of a tile; mask == nullptr: all n.
-template <class T>
+// The valid ones of n elements; mask == nullptr: all. kEvery: all, and n is a whole number of vectors.
+template <class T, bool kEvery = false>
 inline Moments tile_moments(const T* x, const T* mask, int64_t n) {
   using V = Vec<T>;
   const V zero(T(0));
-  V sum(T(0)), count(T(0)), squares(T(0));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const auto valid = tile_valid<T>(mask, i, n);
-    sum = sum + select(valid, V::load(x + i), zero);
-    count = count + select(valid, V(T(1)), zero);
-  }
+  const auto kept = [&](const V& v, int64_t i) {
+    if constexpr (kEvery) return v;
+    return select(tile_valid<T>(mask, i, n), v, zero);
+  };
+  V sum(T(0));
+  for (int64_t i = 0; i < n; i += kLanes) sum = sum + kept(V::load(x + i), i);
   Moments m;
-  m.count = sum_of_lanes(count);
+  m.count = static_cast<double>(n);
+  if (mask) {
+    V count(T(0));
+    for (int64_t i = 0; i < n; i += kLanes) count = count + kept(V(T(1)), i);
+    m.count = sum_of_lanes(count);
+  }
   if (m.count == 0) return m;
-  m.mean = static_cast<double>(sum_of_lanes(sum)) / m.count;
-  const V mean(static_cast<T>(m.mean));
-  V drift(T(0));
+  const T mean = static_cast<T>(static_cast<double>(sum_of_lanes(sum)) / m.count);
+  V squares(T(0)), drift(T(0));
   for (int64_t i = 0; i < n; i += kLanes) {
-    const V d = select(tile_valid<T>(mask, i, n), V::load(x + i) - mean, zero);
+    const V d = kept(V::load(x + i) - V(mean), i);
     squares = squares + d * d;
     drift = drift + d;
   }
-  // mean was rounded to T; drift is what that left
-  const double left = sum_of_lanes(drift);
-  m.mean = static_cast<double>(static_cast<T>(m.mean)) + left / m.count;
+  const double left = sum_of_lanes(drift);  // what rounding the mean to T left over
+  m.mean = static_cast<double>(mean) + left / m.count;
   m.m2 = static_cast<double>(sum_of_lanes(squares)) - left * (left / m.count);
-  if (m.m2 < 0) m.m2 = 0;  // comparisons with NaN are false: it stays
+  if (m.m2 < 0) m.m2 = 0;  // NaN compares false and stays
   return m;
 }
 

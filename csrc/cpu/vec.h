@@ -200,6 +200,33 @@ PF_INLINE void split_exponent(const Vec<T>& x, Vec<T>& mantissa, Vec<T>& exponen
   }
 }
 
+// Sums over many tiles: sixteen lanes in double, folded once at the very end.
+struct LaneSum {
+  double lane[kLanes] = {};
+
+  template <class T>
+  PF_INLINE void add(const Vec<T>& x) {
+    constexpr int kPer = PF_VECTOR_BYTES / sizeof(double);
+    typedef T Narrow __attribute__((vector_size(kPer * sizeof(T)), aligned(sizeof(T)), may_alias));
+    typedef double Wide __attribute__((vector_size(PF_VECTOR_BYTES), aligned(8), may_alias));
+    T from[kLanes];
+    x.store(from);
+    _Pragma("GCC unroll 8") for (int i = 0; i < kLanes; i += kPer) {
+      const Narrow narrow = *reinterpret_cast<const Narrow*>(from + i);
+      *reinterpret_cast<Wide*>(lane + i) += __builtin_convertvector(narrow, Wide);
+    }
+  }
+  void add_scalar(double x) { lane[0] += x; }
+  void merge(const LaneSum& other) {
+    for (int i = 0; i < kLanes; ++i) lane[i] += other.lane[i];
+  }
+  double total() const {
+    double sum = 0;
+    for (double x : lane) sum += x;
+    return sum;
+  }
+};
+
 // Lane by lane in one fixed tree, so the sum does not depend on the register width.
 template <class T, class F>
 PF_INLINE T fold(const Vec<T>& a, F&& combine) {

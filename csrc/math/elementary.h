@@ -45,20 +45,32 @@ PF_FN V exp_of(const V& x) {
   return select(x != x, x, (e * pow2(half)) * pow2(n - half));
 }
 
-// e^x - 1 - x without cancellation near 0: the series where |x| < 1/2.
+// Σ_k c[k]·x^k, k < N: pairs of terms first, so the chain of dependent operations is half as long as Horner's.
+template <class V, class T, int N>
+PF_FN V polynomial(const V& x, const T (&c)[N]) {
+  const V x2 = x * x;
+  V p = N % 2 ? V(c[N - 1]) : V(c[N - 2]) + V(c[N - 1]) * x;
+#pragma GCC unroll 16
+  for (int k = (N % 2 ? N - 1 : N - 2) - 2; k >= 0; k -= 2) p = p * x2 + (V(c[k]) + V(c[k + 1]) * x);
+  return p;
+}
+
+// e^x - 1 - x without cancellation near 0: the series x²·Σ x^k/(k+2)! where |x| < 1/2.
 template <class V>
 PF_FN V exp_minus_one_minus(const V& x, const V& exp_x) {
   using T = scalar_t<V>;
-  constexpr int kTerms = sizeof(T) == 4 ? 9 : 15;  // up to x^kTerms/kTerms!
-  T factorial = T(1);
-  for (int k = 2; k <= kTerms; ++k) factorial = factorial * T(k);
-  V p = V(T(1) / factorial);
-  for (int k = kTerms; k > 2; --k) {
-    factorial = factorial / T(k);
-    p = p * x + V(T(1) / factorial);
+  V series;
+  if constexpr (sizeof(T) == 4) {
+    constexpr T c[] = {T(1.0 / 2), T(1.0 / 6), T(1.0 / 24), T(1.0 / 120), T(1.0 / 720), T(1.0 / 5040), T(1.0 / 40320)};
+    series = polynomial(x, c);
+  } else {
+    constexpr T c[] = {T(1.0 / 2),          T(1.0 / 6),           T(1.0 / 24),          T(1.0 / 120),
+                       T(1.0 / 720),        T(1.0 / 5040),        T(1.0 / 40320),       T(1.0 / 362880),
+                       T(1.0 / 3628800),    T(1.0 / 39916800),    T(1.0 / 479001600),   T(1.0 / 6227020800),
+                       T(1.0 / 87178291200), T(1.0 / 1307674368000)};
+    series = polynomial(x, c);
   }
-  const V far = (exp_x - V(T(1))) - x;
-  return select(abs_of(x) < V(T(0.5)), p * (x * x), far);
+  return select(abs_of(x) < V(T(0.5)), series * (x * x), (exp_x - V(T(1))) - x);
 }
 
 // log x: x = m·2^e with m in [sqrt ½, sqrt 2), log m = 2·atanh((m-1)/(m+1)). 0 gives -inf, negative NaN, inf inf.

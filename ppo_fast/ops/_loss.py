@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, _library
 from ..config import STATS, LossConfig
 from ..reductions import token_weights
 
@@ -17,6 +17,17 @@ from ..reductions import token_weights
 def packed(config: LossConfig):
     """The config as C++ has it."""
     return _backend._C.LossParams(config.numbers(), config.choices())
+
+
+def compiled_arguments(config: LossConfig) -> tuple:
+    """A config as registered ops take it: see _library.CONFIG_SCHEMA."""
+    return (config.numbers_vector, *config.choices())
+
+
+def split_compiled(rest: tuple) -> tuple[tuple, LossConfig]:
+    """What follows a registered loss's inputs, as (rollout arguments, config)."""
+    numbers, *choices = rest[-_library.N_CONFIG :]
+    return rest[: -_library.N_CONFIG], LossConfig.unpacked(numbers.tolist(), choices)
 
 
 def check_config(op: str, config: LossConfig | None) -> LossConfig:
@@ -68,8 +79,11 @@ def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
 
 def outputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss [] and the statistics [len(STATS)], for a kernel to fill."""
+    like = inputs[0]
     dtype = compute_dtype(*inputs)
-    return torch.empty((), dtype=dtype), torch.empty(len(STATS), dtype=dtype)
+    if like.dtype == dtype:
+        return like.new_empty(()), like.new_empty(len(STATS))
+    return like.new_empty((), dtype=dtype), like.new_empty(len(STATS), dtype=dtype)
 
 
 def check_streams(op: str, shape: torch.Size, config: LossConfig, **streams: Tensor | None) -> None:
@@ -120,7 +134,7 @@ def from_reference(function, inputs, needed):
 def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:
     if x is None or not wanted:
         return None
-    return torch.empty(x.shape, dtype=x.dtype)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def wants(x: Tensor | None) -> bool:

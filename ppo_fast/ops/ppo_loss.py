@@ -83,7 +83,7 @@ def ppo_loss(
     w, count, total = _loss.weighting("ppo_loss", config, log_prob, mask, weights, denominator, cu_seqlens)
     rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, w, count, total)
     if compiling:
-        loss, stats, *_ = _op(*inputs, *rollout, *config.numbers(), *config.choices())
+        loss, stats, *_ = _op(*inputs, *rollout, *_loss.compiled_arguments(config))
         return PPOLoss(loss, Stats(stats))
     params = _loss.packed(config)
     needed = tuple(map(_loss.wants, inputs)) if torch.is_grad_enabled() else (False, False, False)
@@ -115,7 +115,7 @@ def _fill(params, inputs, needed, old_log_prob, advantages, old_values, returns,
 
 def _kernel(log_prob, values, entropy, *rest):
     inputs = (log_prob, values, entropy)
-    rollout, config = rest[: -_library.N_CONFIG], LossConfig.unpacked(rest[-_library.N_CONFIG :])
+    rollout, config = _loss.split_compiled(rest)
     needed = tuple(x is not None for x in inputs)
     if _backend.takes_kernel("ppo_loss", log_prob):
         loss, stats, *grads = _fill(_loss.packed(config), inputs, needed, *rollout)
