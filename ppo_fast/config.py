@@ -136,9 +136,7 @@ class LossConfig:
     @staticmethod
     def unpacked(numbers: Sequence[float], choices: Sequence[int]) -> LossConfig:
         """The inverse of `numbers()` and `choices()`. Reductions have become weights by then."""
-        fields: dict[str, Any] = {
-            name: None if math.isnan(x) else x for name, x in zip(NUMBERS, numbers, strict=True)
-        }
+        fields: dict[str, Any] = {name: None if math.isnan(x) else x for name, x in zip(NUMBERS, numbers, strict=True)}
         for (name, allowed), i in zip(CHOICES.items(), choices, strict=True):
             fields[name] = allowed[i]
         return LossConfig(**fields)
@@ -155,31 +153,46 @@ def _presets() -> dict[str, LossConfig]:
     """Each trainer's defaults; where a trainer leaves a choice to its user, the default of its own PPO config."""
     C = LossConfig
     return {
-        # cleanrl/ppo.py: 0.5·max value clip with the same ε, entropy 0.01, minibatch normalisation (ddof 1, +1e-8).
+        # cleanrl/ppo.py: ½·max value clip with the policy's ε, minibatch normalisation (ddof 1, + 1e-8). The entropy
+        # coefficient is 0 in ppo_continuous_action.py, and ε is 0.1 in ppo_atari.py.
         "cleanrl": C(value_clip=0.2, entropy_coef=0.01, normalize_advantages=True),
-        # stable_baselines3/ppo/ppo.py: mse without ½, no value clip unless clip_range_vf, which then replaces.
+        # stable_baselines3/ppo/ppo.py: mse without ½. clip_range_vf is None; given, it replaces: value_clip=clip_range_vf.
         "sb3": C(value_half=False, value_clip_mode="replace", normalize_advantages=True),
-        # rsl_rl/algorithms/ppo.py: value max-clip without ½, coefficient 1, advantages normalised over the whole batch before.
+        # rsl_rl/algorithms/ppo.py: value max-clip without ½. Advantages are normalised (ddof 1, + 1e-8) over the whole
+        # rollout before, unless normalize_advantage_per_mini_batch: then normalize_advantages=True.
         "rsl_rl": C(value_half=False, value_clip=0.2, value_coef=1.0, entropy_coef=0.01),
-        # skrl/agents/torch/ppo: mse, scale 2.5 (its config's default is 1.0), clipped value replaces.
-        "skrl": C(value_half=False, value_clip=0.2, value_clip_mode="replace", value_coef=1.0),
-        # torchrl ClipPPOLoss: smooth-l1 critic (½e² inside δ=1), coefficient 1, entropy 0.01.
+        # skrl/agents/torch/ppo/ppo.py, ppo_cfg.py: mse without ½, value_loss_scale 2.5, the clipped value replaces.
+        # Advantages are normalised (ddof 1, + 1e-8) over the whole memory before.
+        "skrl": C(value_half=False, value_clip=0.2, value_clip_mode="replace", value_coef=2.5),
+        # torchrl/objectives/ppo.py, ClipPPOLoss: smooth-l1 critic, which is ½·huber with δ = 1; clip_value is None, and
+        # given takes the maximum. Its normalize_advantage (off) has another epsilon than ours where a mask is used.
         "torchrl": C(value_loss="huber", value_coef=1.0, entropy_coef=0.01),
-        # rllib PPOTorchLearner: squared error clamped to [0, vf_clip_param=10], clip 0.3, coefficient 1.
+        # rllib/algorithms/ppo/torch/ppo_torch_learner.py: squared error clamped to [0, vf_clip_param]. Not expressible:
+        # kl_coeff 0.2 times the analytic KL(old || new), a function of both distributions' parameters; add it outside.
         "rllib": C(clip_low=0.3, clip_high=0.3, value_half=False, value_clip=10.0, value_clip_mode="error", value_coef=1.0),
-        # verl core_algos: d clamped to ±20, dual clip 3, ½·max value clip 0.5 as a loss of its own.
+        # verl/trainer/ppo/core_algos.py: d clamped to ±20, dual clip 3; the critic's ½·max loss with cliprange 0.5 is a
+        # loss of its own. use_kl_loss is off; on: kl="k3", kl_coef=0.001. The KL clamps are verl's for k3 only: None for
+        # the others. Its "k1+", "k3+" (k2's gradient under another value) are not expressible.
         "verl": C(dual_clip=3.0, log_ratio_clamp=20.0, value_clip=0.5, value_coef=1.0, kl_clamp=20.0, kl_value_clamp=10.0),
-        # trl PPOTrainer: ½·max value clip 0.2, vf_coef 0.1; KL goes into the reward.
+        # trl/experimental/ppo/ppo_trainer.py: ½·max value clip, vf_coef 0.1; KL goes into the reward. Not expressible:
+        # its value term is a mean over one token a sequence more than its policy term.
         "trl_ppo": C(value_clip=0.2, value_coef=0.1),
-        # trl GRPOTrainer loss_type="grpo": mean over sequences of token means; k3 without clamp when beta > 0.
-        "trl_grpo": C(kl="k3", reduction="seq-mean-token-mean"),
-        # openrlhf PolicyLoss / ValueLoss: token means, ½·max value clip 0.2, KL estimate clamped to ±10 after exp.
-        "openrlhf": C(value_clip=0.2, value_coef=1.0, kl_value_clamp=10.0),
-        # nemo_rl ClippedPGLossFn: no clamp on d, k3 with clamps 20 before and 10 after, token means; MseValueLossFn ½·max.
-        "nemo_rl": C(value_clip=0.2, value_coef=1.0, kl="k3", kl_clamp=20.0, kl_value_clamp=10.0),
-        # slime ppo_utils: value without ½, max-clipped, low-variance KL clamped to ±10 after exp.
-        "slime": C(value_half=False, value_clip=0.2, value_coef=1.0, kl="k3", kl_value_clamp=10.0,
-                   reduction="seq-mean-token-mean"),
+        # trl/trainer/grpo_trainer.py, loss_type "dapo" with beta 0: Σ over tokens divided by
+        # denominator=num_items_in_batch/num_processes. loss_type "grpo": reduction="seq-mean-token-mean"; "bnpo":
+        # "token-mean"; "dr_grpo": denominator=B·max_completion_length. beta: kl="k3", kl_coef=beta, no clamp. delta: ratio_cap.
+        "trl_grpo": C(),
+        # openrlhf/models/loss.py, cli/train_ppo_ray.py: d clamped to ±20, ½·max value clip 0.5 as a loss of its own, KL in
+        # the reward; with --algo.kl.use_loss: kl=estimator, kl_coef=0.01, clamped after. Its tis clamps on both sides, ours
+        # above only: give clamp(ρ, low, high) as weights, where there is no KL or entropy term that they would scale too.
+        "openrlhf": C(log_ratio_clamp=20.0, value_clip=0.5, value_coef=1.0, kl_value_clamp=10.0),
+        # nemo_rl/algorithms/loss/loss_functions.py, ClippedPGLossConfig and MseValueLossConfig (no value clip; its PPO
+        # recipe sets 0.2, scale 0.4, dual_clip 10, clip_high 0.28, KL 0). Not expressible: its KL term carries the weight
+        # exp(x - sg(x)), which adds k·∇log_prob to the gradient; the value is the same.
+        "nemo_rl": C(value_coef=1.0, kl="k3", kl_coef=0.01, kl_clamp=20.0, kl_value_clamp=10.0),
+        # slime/utils/ppo_utils.py, backends/megatron_utils/loss.py: value max-clip without ½ as a loss of its own; means
+        # over sequences. use_kl_loss is off; on: kl="k1", or "k3" for low_var_kl, the only one that slime clamps (±10).
+        # Its k3 and k1 have no clamp (None), and use_unbiased_kl (times r, with r's gradient) is not expressible.
+        "slime": C(value_half=False, value_clip=0.2, value_coef=1.0, kl_value_clamp=10.0, reduction="seq-mean-token-mean"),
     }  # fmt: skip
 
 
