@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,18 +194,25 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        state = load_checkpoint(config)
-        # before the folder, so that a mistake found here leaves no trace
-        with contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
-            try:
-                return _train(trainer, run, state, console)
-            except OSError as error:
-                raise UserError(f"--run-dir: {run.path} cannot be written ({one_line(error)})") from error
+        with warnings.catch_warnings():
+            # a failing worker's traceback, printed by gymnasium; its error reaches us as an exception as well
+            warnings.filterwarnings("ignore", r"(?s).*ERROR: ", UserWarning, "gymnasium")
+            return _train(config, make_env, console)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(trainer: Trainer, run: RunDir, state: dict[str, Any] | None, console: Console) -> TrainResult:
+def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console) -> TrainResult:
+    state = load_checkpoint(config)
+    # before the folder, so that a mistake found here leaves no trace
+    with contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
+        try:
+            return _train_in(run, trainer, state, console)
+        except OSError as error:
+            raise UserError(f"--run-dir: {run.path} cannot be written ({one_line(error)})") from error
+
+
+def _train_in(run: RunDir, trainer: Trainer, state: dict[str, Any] | None, console: Console) -> TrainResult:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 

@@ -78,7 +78,8 @@ class ReplayEnv(gym.Wrapper):
 
 
 def restore(envs: VectorEnv, states: list[tuple[int, np.ndarray]]) -> tuple[Any, dict[str, Any]]:
-    """Brings freshly reset environments back to `states`; observations and infos as after the last step then."""
+    """Brings environments back to `states`; observations and infos as after the last step then."""
+    envs.reset()  # else an environment whose episode has just ended would spend the coming step on its autoreset
     envs.call("arm_restore", states)  # type: ignore[attr-defined]
     try:
         obs, _, _, _, info = envs.step(envs.action_space.sample())
@@ -95,15 +96,25 @@ def _make(env_id: str) -> gym.Env:
     """gym.make with messages for people. The checker of every step is off: it costs as much as CartPole itself."""
     try:
         return gym.make(env_id, disable_env_checker=True)
-    except gym.error.DependencyNotInstalled as error:
-        extra = 'pip install "ppo_fast[mujoco]"' if "mujoco" in str(error).lower() else "its extra of gymnasium"
-        raise UserError(f"--env-id: {env_id} needs a package that is not installed; install {extra}") from error
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        known = gym.registry.get(env_id.rpartition(":")[2])
+        if known is None:
+            raise _unknown(env_id, error) from error
+        needs_mujoco = "mujoco" in f"{known.entry_point} {error}".lower()
+        install = 'install it with: pip install "ppo_fast[mujoco]"' if needs_mujoco else "install it"
         raise UserError(
-            f"--env-id: expected the id of an environment that gymnasium knows, got {env_id!r} ({one_line(error)})"
+            f"--env-id: {env_id} needs a package that is not installed ({one_line(error)}); {install}"
         ) from error
-    except Exception as error:
+    except gym.error.UnregisteredEnv as error:
+        raise _unknown(env_id, error) from error
+    except Exception as error:  # an environment may raise anything; it stays attached as the cause
         raise UserError(f"--env-id: {env_id} could not be made ({one_line(error)})") from error
+
+
+def _unknown(env_id: str, error: Exception) -> UserError:
+    return UserError(
+        f"--env-id: expected the id of an environment that gymnasium knows, got {env_id!r} ({one_line(error)})"
+    )
 
 
 def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorEnv:

@@ -1,0 +1,189 @@
+"""The command line: `ppo-fast train control`, `ppo-fast bench`, `ppo-fast doctor`.
+
+Each command imports what it needs when it runs, so that help comes at once. Exit codes: 0 done, 2 wrong input (one line
+says what was expected and what came; PPO_FAST_DEBUG=1 shows where, for those who debug their own environment), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PROG = "ppo-fast"
+Command = Callable[[Sequence[str]], int]
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood."""
+
+
+def _option(args: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, the last one; where defaults depend on it, before real parsing."""
+    value = None
+    for i, arg in enumerate(args):
+        head, equals, tail = arg.partition("=")
+        if head.replace("_", "-") != name:
+            continue
+        if equals:
+            value = tail
+        elif i + 1 < len(args):
+            value = args[i + 1]
+    return value
+
+
+def _parse(kind: Any, args: Sequence[str], prog: str, default: Any) -> Any:
+    """The dataclass `kind` from flags; tyro's boxed complaint becomes one line."""
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, prog=prog, args=list(args), default=default)
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
+        said = [line for line in lines if any(map(str.isalnum, line))]
+        for end, line in enumerate(said):
+            if line.startswith(("Argument helptext", "For full helptext")):
+                said = said[:end]
+                break
+        raise UsageError(f"{' '.join(said)} ({prog} --help explains every flag)") from None
+
+
+def _defaults(args: Sequence[str]) -> Any:
+    """What flags are laid over: the config of the run to resume, else preset, then --config FILE."""
+    from .trainer.config import from_dict, load_fields
+    from .trainer.presets import PRESETS, preset
+
+    run_dir, file = _option(args, "--run-dir"), _option(args, "--config")
+    fields: dict[str, Any] = {}
+    source = "--config"
+    if file is not None:
+        fields, source = load_fields(Path(file)), file
+    elif "--resume" in args and run_dir is not None and (Path(run_dir) / "config.json").exists():
+        source = str(Path(run_dir) / "config.json")
+        fields = load_fields(Path(source))
+    env_id = _option(args, "--env-id") or fields.get("env_id", "CartPole-v1")
+    if not isinstance(env_id, str):
+        raise UsageError(f"{source}: expected env_id to be text, got {env_id!r}")
+    if env_id != fields.get("env_id", env_id):
+        raise UsageError(f"--env-id: expected {fields['env_id']} as in {source}, got {env_id}")
+    return from_dict({**PRESETS.get(env_id, {}), **fields, "env_id": env_id}, source) if fields else preset(env_id)
+
+
+def _without_config(args: Sequence[str]) -> list[str]:
+    """The arguments less `--config FILE`, which is not a field of the configuration."""
+    kept, skip = [], False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg == "--config":
+            skip = True
+        elif not arg.startswith("--config="):
+            kept.append(arg)
+    return kept
+
+
+def train_control(args: Sequence[str]) -> int:
+    """Train PPO on a gymnasium environment."""
+    from .trainer.config import ControlConfig
+
+    default = _defaults(args)
+    config = _parse(ControlConfig, _without_config(args), f"{PROG} train control", default)
+    from .trainer.control import train
+
+    return 0 if train(config).finished else 130
+
+
+def bench(args: Sequence[str]) -> int:
+    """Measure ops and trainers against their peers."""
+    try:
+        from .bench.main import BenchConfig, run
+    except ImportError as error:
+        raise UsageError(
+            f'bench: expected the benchmark and its packages, pip install "ppo_fast[bench]" ({error})'
+        ) from None
+    run(_parse(BenchConfig, args, f"{PROG} bench", BenchConfig()))
+    return 0
+
+
+def doctor(args: Sequence[str]) -> int:
+    """Say what works on this machine, and why something does not."""
+    if any(arg in ("-h", "--help") for arg in args):
+        print(f"usage: {PROG} doctor\n\n{doctor.__doc__}")
+        return 0
+    if args:
+        raise UsageError(f"doctor: expected no arguments, got {' '.join(args)}")
+    import platform
+
+    import torch
+
+    import ppo_fast
+
+    print(f"python     {platform.python_version()} on {platform.platform()}")
+    for package in ("ppo_fast", "torch", "numpy", "gymnasium", "mujoco", "triton", "jax"):
+        try:
+            print(f"{package:<10} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package:<10} not installed")
+    print(f"threads    {torch.get_num_threads()} of torch")
+    print(f"device     {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU only'}\n")
+    print(ppo_fast.explain())
+    return 0
+
+
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("train", "control"): train_control,
+    ("bench",): bench,
+    ("doctor",): doctor,
+}
+
+
+def _usage(prefix: tuple[str, ...] = ()) -> str:
+    rows = [(" ".join(words), command.__doc__) for words, command in COMMANDS.items() if words[: len(prefix)] == prefix]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"usage: {' '.join((PROG, *prefix))} COMMAND [--flags]", ""]
+    lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join([*lines, "", f"{PROG} COMMAND --help explains every flag."])
+
+
+def _dispatch(args: Sequence[str]) -> int:
+    for words, command in COMMANDS.items():
+        if tuple(args[: len(words)]) == words:
+            return command(args[len(words) :])
+    words = tuple(arg for arg in args if not arg.startswith("-"))
+    asks_help = not args or args[-1] in ("-h", "--help")
+    prefix = words if any(known[: len(words)] == words for known in COMMANDS) else None
+    if prefix is not None and asks_help:
+        print(_usage(prefix))
+        return 0
+    expected = ", ".join(" ".join(known) for known in COMMANDS)
+    raise UsageError(f"COMMAND: expected one of {expected}; got {' '.join(args)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    from .trainer.errors import UserError
+
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except (UserError, UsageError) as error:
+        if os.environ.get("PPO_FAST_DEBUG"):
+            raise
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
