@@ -77,8 +77,22 @@ struct PpoLossArgs {
   Stream log_prob, grad_log_prob;
 };
 
+// --- whitening -------------------------------------------------------------------------------------------------------
+
+struct WhitenArgs {
+  int64_t n;
+  Stream x, mask, out;     // out absent: only the moments are wanted
+  double* moments;         // [3]: count, mean, sum of squared deviations
+  bool have_moments;       // given, not computed
+  int ddof;
+  double eps;
+  bool shift_mean, eps_in_variance, is_double;
+  int threads;
+};
+
 // Every CPU op: its name and its arguments. csrc/cpu/<name>.inc is the body.
-#define PF_CPU_OPS(X) \
-  X(ppo_loss, PpoLossArgs)
+#define PF_CPU_OPS(X)      \
+  X(ppo_loss, PpoLossArgs) \
+  X(whiten, WhitenArgs)
 
 }  // namespace pf

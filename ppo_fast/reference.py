@@ -199,11 +199,11 @@ def _moments(x: Tensor, valid: Tensor | None, ddof: int) -> tuple[Tensor, Tensor
     return count, mean, var
 
 
-def whiten(x, *, mask=None, ddof=1, eps=1e-8, shift_mean=True, eps_in_variance=False):
+def whiten(x, *, mask=None, ddof=1, eps=1e-8, shift_mean=True, eps_in_variance=False, moments=None):
     """(x - mean) / (std + eps) over the valid elements; one element (count <= ddof) is left as it is."""
     x = x.to(_compute_dtype(x))
     valid = None if mask is None else mask != 0
-    count, mean, var = _moments(x, valid, ddof)
+    count, mean, var = _moments(x, valid, ddof) if moments is None else moments
     scale = (var + eps).sqrt() if eps_in_variance else var.sqrt() + eps
     y = (_where(valid, x) - mean) / scale
     y = y if shift_mean else y + mean

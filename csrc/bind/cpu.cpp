@@ -3,6 +3,7 @@
 
 #include "../cpu/dispatch.h"
 #include "ppo_loss.h"
+#include "whiten.h"
 
 namespace py = pybind11;
 
@@ -33,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   }, py::arg("name"), "For tests and bug reports; an empty name picks the best.");
 
   bind_ppo_loss(m);
+  bind_whiten(m);
 }
