@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ _WHY_NOT = {
     "triton": "ppo_fast.kernels is not installed",
     "reference": "",
 }
-_forced: ContextVar[str | None] = ContextVar("ppo_fast_backend", default=None)
+_forced: str | None = None  # a plain global: torch.compile can guard on it, as on torch.backends' flags
 _peek_functorch = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -39,7 +38,7 @@ def _check(name: str, argument: str) -> str:
 
 
 if os.environ.get("PPO_FAST_BACKEND"):
-    _forced.set(_check(os.environ["PPO_FAST_BACKEND"], "PPO_FAST_BACKEND"))
+    _forced = _check(os.environ["PPO_FAST_BACKEND"], "PPO_FAST_BACKEND")
 
 
 @contextmanager
@@ -47,13 +46,14 @@ def use_backend(name: str) -> Iterator[None]:
     """Runs every op inside on the named backend: "cpu", "cuda", "triton" or "reference".
 
     Raises ValueError where that backend does not exist here, before anything runs. The environment variable
-    PPO_FAST_BACKEND does the same for a whole process. Applies to the current thread (or asyncio task) only.
+    PPO_FAST_BACKEND does the same from outside. Process-wide, like torch's own backend flags.
     """
-    token = _forced.set(_check(name, "use_backend"))
+    global _forced
+    before, _forced = _forced, _check(name, "use_backend")
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def takes_kernel(op: str, x: Tensor) -> bool:
@@ -62,14 +62,19 @@ def takes_kernel(op: str, x: Tensor) -> bool:
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: expected a torch.Tensor, got {type(x).__name__}")
         return False
-    forced = _forced.get()
-    if forced == "reference" or _C is None or _peek_functorch() is not None:
+    if _forced == "reference" or _C is None or _peek_functorch() is not None:
         return False
     if not x.is_cpu:
-        if forced == "cpu":
+        if _forced == "cpu":
             raise ValueError(f"{op}: backend 'cpu' takes tensors on the CPU, got one on {x.device}")
         return False
     return True
+
+
+def compiles_kernel(x: Tensor) -> bool:
+    """Under torch.compile. True: the registered op (the CPU kernels) becomes a node of the graph. False: the reference is
+    traced, and the compiler fuses it as it can."""
+    return x.device.type == "cpu" and _C is not None and _forced != "reference"
 
 
 class Explanation(str):
@@ -93,7 +98,7 @@ def explain() -> Explanation:
             )
         else:
             lines.append(f"  {name:<10} yes  plain torch: any device, any float dtype")
-    forced = _forced.get()
+    forced = _forced
     lines.append(f"  a CPU tensor takes:  {forced or ('reference' if WHY_NO_CPU else 'cpu')}")
     lines.append(f"  a GPU tensor takes:  {forced or 'reference'}")
     if forced:

@@ -85,4 +85,12 @@ def assert_as_good(actual, eager, truth, what="", ulps=8.0):
     assert error <= bound, f"{what}: error {error:.3e} > {bound:.3e} (eager's {eager_error:.3e}, scale {scale:.3e})"
 
 
-__all__ = ["ISAS", "as_double", "assert_as_good", "pf"]
+def same_bits(a, b) -> bool:
+    """Equal tensor for tensor, NaN for NaN."""
+    pairs = list(zip(a, b, strict=True))
+    return all(x.dtype == y.dtype and torch.equal(x.nan_to_num(1e30), y.nan_to_num(1e30)) for x, y in pairs) and all(
+        torch.equal(x.isnan(), y.isnan()) for x, y in pairs
+    )
+
+
+__all__ = ["ISAS", "as_double", "assert_as_good", "pf", "same_bits"]

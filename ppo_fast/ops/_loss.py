@@ -38,6 +38,13 @@ def check_config(op: str, config: LossConfig | None) -> LossConfig:
     return config
 
 
+def check_denominator(op: str, denominator: float | Tensor | None) -> None:
+    if denominator is None or isinstance(denominator, Tensor):
+        return
+    if not (isinstance(denominator, (int, float)) and math.isfinite(denominator) and denominator > 0):
+        raise ValueError(f"{op}: denominator must be a finite number > 0, got {denominator!r}")
+
+
 def constants(op: str, **tensors: Tensor | None) -> None:
     """An input that gets no gradient but requires one is a mistake that would train silently wrong."""
     if torch.is_grad_enabled():
@@ -57,8 +64,7 @@ def weighting(
 ) -> tuple[Tensor | None, float, bool]:
     """(weights, denominator or NaN, whether nothing else is divided): what kernels take for a reduction."""
     if denominator is not None and not isinstance(denominator, Tensor):
-        if not (isinstance(denominator, (int, float)) and math.isfinite(denominator) and denominator > 0):
-            raise ValueError(f"{op}: denominator must be a finite number > 0, got {denominator!r}")
+        check_denominator(op, denominator)
         if weights is not None or config.reduction in ("token-mean", "sum"):
             return weights, float(denominator), True
     elif denominator is None:
@@ -89,10 +95,12 @@ def outputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 def check_streams(op: str, shape: torch.Size, config: LossConfig, **streams: Tensor | None) -> None:
     """For the reference, what the bindings check for the kernels."""
     for name, x in streams.items():
-        if x is None:
+        if x is None and name not in ("old_log_prob", "advantages"):
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__ if x is not None else None}")
+        if name != "mask" and not x.is_floating_point():
+            raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.shape != shape:
             raise ValueError(f"{op}: {name} must be the shape of log_prob = {list(shape)}, got {list(x.shape)}")
     needs = {"values": "returns"}
@@ -105,30 +113,6 @@ def check_streams(op: str, shape: torch.Size, config: LossConfig, **streams: Ten
         raise TypeError(f"{op}: ref_log_prob must be a tensor with LossConfig(kl=...), got None")
     if config.rollout_correction is not None and streams["rollout_log_prob"] is None:
         raise TypeError(f"{op}: rollout_log_prob must be a tensor with LossConfig(rollout_correction=...), got None")
-
-
-ROLLOUT = ("old_log_prob", "advantages", "old_values", "returns", "ref_log_prob", "rollout_log_prob", "mask", "weights")
-
-
-def as_reference_takes(rollout: tuple) -> dict:
-    """The registered op's rollout arguments as the reference's keywords; a config of its own says how to sum."""
-    *tensors, count, total = rollout
-    streams = dict(zip(ROLLOUT, tensors, strict=True))
-    if total and streams["weights"] is None:
-        streams["weights"] = torch.ones_like(streams["old_log_prob"])
-    return {**streams, "denominator": None if math.isnan(count) else count}
-
-
-def from_reference(function, inputs, needed):
-    """(loss, stats, *grads) by differentiating the reference: the registered op where no kernel runs."""
-    with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
-        loss, stats = function(*leaves)
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
-    found = [next(grads) if x is not None and x.requires_grad else None for x in leaves]
-    zeros = [torch.zeros_like(x) if g is None and need else g for x, g, need in zip(inputs, found, needed, strict=True)]
-    return loss.detach(), stats.vector, *zeros
 
 
 def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:

@@ -74,7 +74,8 @@ def ppo_loss(
 
     inputs = (log_prob, values, entropy)
     compiling = torch.compiler.is_compiling()
-    if not (compiling or _backend.takes_kernel("ppo_loss", log_prob)):
+    if not (_backend.compiles_kernel(log_prob) if compiling else _backend.takes_kernel("ppo_loss", log_prob)):
+        _loss.check_denominator("ppo_loss", denominator)
         _loss.check_streams("ppo_loss", log_prob.shape, config, old_log_prob=old_log_prob, advantages=advantages,
                             values=values, old_values=old_values, returns=returns, entropy=entropy,
                             ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
@@ -116,15 +117,7 @@ def _fill(params, inputs, needed, old_log_prob, advantages, old_values, returns,
 def _kernel(log_prob, values, entropy, *rest):
     inputs = (log_prob, values, entropy)
     rollout, config = _loss.split_compiled(rest)
-    needed = tuple(x is not None for x in inputs)
-    if _backend.takes_kernel("ppo_loss", log_prob):
-        loss, stats, *grads = _fill(_loss.packed(config), inputs, needed, *rollout)
-    else:
-        def specification(log_prob, values, entropy):
-            streams = _loss.as_reference_takes(rollout)
-            return reference.ppo_loss(log_prob, config=config, values=values, entropy=entropy, **streams)
-
-        loss, stats, *grads = _loss.from_reference(specification, inputs, needed)
+    loss, stats, *grads = _fill(_loss.packed(config), inputs, [x is not None for x in inputs], *rollout)
     return loss, stats, *(_library.placeholder(log_prob) if g is None else g for g in grads)
 
 

@@ -48,9 +48,13 @@ def whiten(
         raise ValueError(f"whiten: ddof must be 0 or 1, got {ddof!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"whiten: eps must be finite and >= 0, got {eps!r}")
-    if torch.compiler.is_compiling() and group is None and not differentiable:
-        return _op(x.detach(), mask, ddof, float(eps), shift_mean, eps_in_variance)
-    if differentiable or not _backend.takes_kernel("whiten", x):
+    if torch.compiler.is_compiling():
+        kernel = group is None and not differentiable and _backend.compiles_kernel(x)
+        if kernel:
+            return _op(x.detach(), mask, ddof, float(eps), shift_mean, eps_in_variance)
+    else:
+        kernel = not differentiable and _backend.takes_kernel("whiten", x)
+    if not kernel:
         if mask is not None and mask.shape != x.shape:
             raise ValueError(f"whiten: mask must be the shape of x = {list(x.shape)}, got {list(mask.shape)}")
         x = x if differentiable else x.detach()
