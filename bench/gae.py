@@ -1,0 +1,131 @@
+"""GAE over [T, N] float32 with episode ends; T time steps, N environments.
+
+Floor: rewards, values and the bool flags are read once, advantages and returns written once: 17 bytes an element, and
+7 FLOPs: it is a copy with a little arithmetic. The recursion over T is serial, so few environments (N = 1, 8) are bound
+by the latency of one multiply-add a step instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ppo_fast as pf
+
+from . import peers
+from .harness import COPY, OURS, Case, Provider, Target, Workload, left_out
+
+GAMMA, LAM = 0.99, 0.95
+
+
+def cleanrl_loop(rewards, values, dones, next_value, next_done):
+    """What CleanRL-like trainers run: `dones[t]` says that the observation at t came after a reset."""
+    steps = rewards.shape[0]
+    advantages = torch.zeros_like(rewards)
+    running = 0
+    for t in range(steps - 1, -1, -1):
+        last = t == steps - 1
+        alive = 1.0 - (next_done if last else dones[t + 1])
+        following = next_value if last else values[t + 1]
+        delta = rewards[t] + GAMMA * following * alive - values[t]
+        advantages[t] = running = delta + GAMMA * LAM * alive * running
+    return advantages, advantages + values
+
+
+def numba_loop(rewards, values, last_values, terminated):
+    """One pass, time outside and environments inside, so that numba reads rows and can use SIMD."""
+    steps, n = rewards.shape
+    gamma, decay, one, zero = np.float32(GAMMA), np.float32(GAMMA * LAM), np.float32(1), np.float32(0)
+    advantages, returns = np.empty((steps, n), np.float32), np.empty((steps, n), np.float32)
+    running, following = np.zeros(n, np.float32), last_values.copy()
+    for t in range(steps - 1, -1, -1):
+        for i in range(n):
+            alive = zero if terminated[t, i] else one
+            value = values[t, i]
+            running[i] = rewards[t, i] + gamma * following[i] * alive - value + decay * alive * running[i]
+            following[i] = value
+            advantages[t, i] = running[i]
+            returns[t, i] = running[i] + value
+    return advantages, returns
+
+
+def _named(result) -> dict[str, Tensor]:
+    advantages, returns = result
+    return {"advantages": torch.as_tensor(advantages), "returns": torch.as_tensor(returns)}
+
+
+def _sb3(rewards, values, last_values, terminated) -> Provider:
+    """The real buffer of stable-baselines3, its arrays filled as its rollout does."""
+    buffers, why = peers.imported("stable_baselines3.common.buffers")
+    if buffers is None:
+        return left_out("sb3", why)
+    from gymnasium.spaces import Box, Discrete
+
+    steps, n = rewards.shape
+    buffer = buffers.RolloutBuffer(steps, Box(-1, 1, (1,)), Discrete(2), "cpu", LAM, GAMMA, n)
+    buffer.rewards, buffer.values = rewards.numpy(), values.numpy()
+    buffer.episode_starts = np.concatenate([np.zeros((1, n)), terminated[:-1].numpy()]).astype(np.float32)
+    last_dones = terminated[-1].numpy()
+
+    def run():
+        buffer.compute_returns_and_advantage(last_values, last_dones)
+        return buffer.advantages, buffer.returns
+
+    return Provider("sb3", run, _named, single_thread=True)
+
+
+def _torchrl(name: str, function: str, rewards, values, last_values, terminated) -> Provider:
+    estimate, why = peers.torchrl_function(function)
+    if estimate is None:
+        return left_out(name, why)
+    following = torch.cat([values[1:], last_values[None]])
+    return Provider(name, lambda: estimate(GAMMA, LAM, values, following, rewards, terminated, terminated), _named)
+
+
+def build(case: Case) -> Workload:
+    steps, n = case.shape
+    rewards, values, last_values = torch.randn(steps, n), torch.randn(steps, n), torch.randn(n)
+    terminated = torch.rand(steps, n) < 0.01
+    dones = torch.cat([torch.zeros(1, n), terminated[:-1].float()])
+    next_done = terminated[-1].float()
+    data = rewards, values, last_values, terminated
+    arrays = [x.numpy() for x in data]
+    providers = [
+        Provider(
+            OURS, lambda: pf.gae(rewards, values, last_values, terminated=terminated, gamma=GAMMA, lam=LAM), _named
+        ),
+        Provider("cleanrl", lambda: cleanrl_loop(rewards, values, dones, last_values, next_done), _named),
+    ]
+    loop, why = peers.njit(numba_loop)
+    if loop is None:
+        providers.append(left_out("numba", why))
+    else:
+        providers.append(Provider("numba", lambda: loop(*arrays), _named, single_thread=True))
+    providers.append(_sb3(*data))
+    providers.append(_torchrl("torchrl-loop", "generalized_advantage_estimate", *data))
+    if steps * n > 1 << 21:
+        providers.append(left_out("torchrl-vec", "pads every episode to the longest: gigabytes at this shape"))
+    else:
+        providers.append(_torchrl("torchrl-vec", "vec_generalized_advantage_estimate", *data))
+    providers.append(left_out("compile", "unrolls the loop over T: minutes to compile"))
+
+    def truth() -> dict[str, Tensor]:
+        wide = [x.double() for x in data[:3]]
+        return _named(pf.reference.gae(*wide, terminated=terminated, gamma=GAMMA, lam=LAM))
+
+    return Workload(providers, truth, "cleanrl", list(data))
+
+
+def _case(steps: int, n: int, *targets: Target, quick: bool = False, remark: str = "") -> Case:
+    size = steps * n
+    return Case("gae", (steps, n), "float32", "forward", 17 * size + 4 * n, 7 * size, build, targets, quick, remark)
+
+
+CASES = [
+    _case(2048, 4096, Target(0.85, (COPY,))),
+    _case(128, 1024, Target(4, ("numba",)), Target(10, ("sb3",)), Target(20, ("torchrl-loop", "torchrl-vec"))),
+    _case(2048, 8, Target(1.5, ("numba",)), Target(100, ("cleanrl",))),
+    _case(2048, 1, Target(1.5, ("numba",)), Target(100, ("cleanrl",)), remark="CleanRL's MuJoCo rollout"),
+    _case(128, 4, quick=True, remark="CleanRL's CartPole rollout"),
+]

@@ -1,0 +1,354 @@
+"""What a benchmark is made of (case, workload, provider), how providers are timed, and when a number is refused.
+
+All providers of a case take turns in one run, so that whatever else the machine does falls on all of them alike, and
+only ratios within one run are reported. A number is refused where the op's result in that same run is wrong.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS, COPY = "ours", "copy"
+#: Every provider that an op file may name, and how tables call it.
+LABELS = {
+    OURS: "ppo_fast",
+    "eager": "eager torch",
+    "compile": "torch.compile",
+    "numba": "numba @njit",
+    "sb3": "SB3 numpy",
+    "cleanrl": "CleanRL loop",
+    "torchrl-loop": "torchrl loop",
+    "torchrl-vec": "torchrl vectorised",
+    COPY: "copy of as many bytes",
+}
+#: A peer further from the truth than this share of its magnitude computes something else, and is not compared.
+SOMETHING_ELSE = 0.05
+#: More cores than this at work for other processes, and a time is marked as disturbed: on a busy machine whatever waits
+#: for a second thread (every OpenMP loop of torch) takes milliseconds, which flatters whoever does not.
+DISTURBED = 0.1
+
+
+@dataclass(frozen=True)
+class Target:
+    """The least that the fastest of `peers` must be slower by; against the copy, the share of its bandwidth."""
+
+    at_least: float
+    peers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.peers == (COPY,):
+            return f"≥ {self.at_least:.0%} of copy bandwidth"
+        best = "the best of " if len(self.peers) > 1 else ""
+        return f"≥ {self.at_least:g}× {best}{', '.join(LABELS[p] for p in self.peers)}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op. `bytes` and `flops` are the floor: what any implementation must move and compute.
+
+    bytes: every input read once, every output and gradient written once; inputs that a later pass needs (the backward
+    of an op that cannot know its upstream gradient) count again. Scratch does not count.
+    flops: adds, multiplies, compares; one exp or log counts as 1.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    mode: str  # "forward", or "forward + backward": through autograd, gradients into .grad
+    bytes: int
+    flops: int
+    build: Callable[[Case], Workload]
+    targets: tuple[Target, ...] = ()
+    quick: bool = False  # also part of the quick run
+    remark: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {list(self.shape)} {SHORT[self.dtype]}"
+
+
+SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+
+
+@dataclass
+class Provider:
+    """One way to compute the op. `run` is timed, `prepare` before it is not; `read` names what `run` produced."""
+
+    name: str
+    run: Callable[[], Any] | None
+    read: Callable[[Any], dict[str, Tensor]] = dict
+    prepare: Callable[[], None] | None = None
+    single_thread: bool = False  # whatever torch.set_num_threads says
+    why_not: str = ""  # not run, and the reason
+
+    def call(self) -> Any:
+        assert self.run is not None
+        if self.prepare is not None:
+            self.prepare()
+        return self.run()
+
+
+def left_out(name: str, why: str) -> Provider:
+    return Provider(name, None, why_not=why)
+
+
+@dataclass
+class Workload:
+    """Inputs that exist, and everything that runs on them. `reads`: each input as often as the floor counts it."""
+
+    providers: list[Provider]
+    truth: Callable[[], dict[str, Tensor]]  # by the reference in float64
+    yardstick: str  # the provider whose rounding error the rule allows twice: the eager formula
+    reads: list[Tensor]
+    peers_only: tuple[str, ...] = ()  # outputs in `truth` that only peers have
+
+
+@dataclass
+class Row:
+    """One line of the result: one provider of one case at one number of threads."""
+
+    case: Case
+    threads: int
+    provider: str
+    status: str = "ok"  # "ok", "left out", "failed", "differs" (a peer's), "parity failed" (ours)
+    note: str = ""
+    error: float | None = None  # against float64, relative to the largest magnitude; the worst output
+    calls: int = 0
+    p20: float = 0.0  # seconds
+    p50: float = 0.0
+    p80: float = 0.0
+    ours_faster: float | None = None  # this provider's median over ours
+    copy_share: float | None = None  # the copy's median over this provider's
+    others: float | None = None  # cores that other processes kept busy meanwhile; None where it cannot be known
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others is not None and self.others > DISTURBED
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def backward(name: str, outputs: Callable[[], dict[str, Tensor]], leaves: dict[str, Tensor],
+             upstream: dict[str, Tensor] | None = None) -> Provider:  # fmt: skip
+    """Provider of forward + backward: `upstream` names the outputs that get a gradient; without it, "loss" does."""
+    gradients = None if upstream is None else list(upstream.values())
+
+    def prepare() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+
+    def run() -> dict[str, Tensor]:
+        out = outputs()
+        torch.autograd.backward([out["loss"]] if upstream is None else [out[k] for k in upstream], gradients)
+        return out
+
+    def read(out: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**out, **{f"d {k}": leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}}
+
+    return Provider(name, run, read, prepare)
+
+
+def compiled(formula: Callable) -> Callable:
+    """`torch.compile` of the eager formula at this shape and thread count; nothing kept of earlier compilations."""
+    torch._dynamo.reset()
+    return torch.compile(formula, dynamic=False)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def double_leaf(x: Tensor) -> Tensor:
+    return leaf(x.detach().double())
+
+
+def grid(x: Tensor) -> Tensor:
+    """To multiples of 2⁻¹⁰: no clip or tie of a loss is met to within rounding, where float32 and float64 would part."""
+    return (x * 1024.0).round() / 1024.0
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+def deviation(x: Tensor, truth: Tensor) -> float:
+    """Largest error over the truth's largest magnitude; infinite where one is finite and the other is not."""
+    x, truth = x.detach().double(), truth.detach().double()
+    if x.shape != truth.shape:
+        return float("inf")
+    finite = truth.isfinite()
+    same = (x == truth) | (x.isnan() & truth.isnan())
+    if not bool((x.isfinite() == finite).all()) or not bool(same[~finite].all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    error, scale = (x - truth)[finite].abs().max().item(), truth[finite].abs().max().item()
+    return error / scale if scale else (0.0 if error == 0.0 else float("inf"))
+
+
+def refusal(ours: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor],
+            ulps: float = 8.0) -> str:  # fmt: skip
+    """Why our result does not pass, or "". The rule: at most twice the eager formula's error, plus a few ulp."""
+    for name, expected in truth.items():
+        if name not in ours:
+            return f"{name} is missing"
+        allowed = ulps * torch.finfo(ours[name].dtype).eps
+        if name in eager and (theirs := deviation(eager[name], expected)) != float("inf"):
+            allowed += 2.0 * theirs
+        error = deviation(ours[name], expected)
+        if not error <= allowed:
+            return f"{name}: error {error:.1e}, allowed {allowed:.1e}"
+    return ""
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+
+def copy_of(n_bytes: int) -> Provider:
+    """A copy that moves as many bytes as the case must: half read, half written, both there beforehand."""
+    source = torch.zeros(max(1, n_bytes // 8))
+    target = torch.empty_like(source)
+    return Provider(COPY, lambda: target.copy_(source), lambda _: {})
+
+
+def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) -> list[Row]:
+    """Parity, then times, of every wanted provider of one case. If ours is wrong, nobody's time is taken."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    workload = case.build(case)
+    truth = workload.truth()
+    rows: list[Row] = []
+    ready: list[Provider] = []
+    results: dict[str, dict[str, Tensor]] = {}
+    for p in workload.providers:
+        row = Row(case, threads, p.name, note="one thread" if p.single_thread else "")
+        if p.name in wanted:
+            rows.append(row)
+        elif p.name not in (OURS, workload.yardstick):
+            continue
+        if p.run is None:
+            row.status, row.note = "left out", p.why_not
+            continue
+        try:
+            results[p.name] = {k: v.detach().clone() for k, v in p.read(p.call()).items()}
+        except Exception as error:  # a peer that breaks is a line in the table, not the end of the run
+            row.status, row.note = "failed", f"{type(error).__name__}: {error}".partition("\n")[0]
+            continue
+        row.error = max((deviation(x, truth[k]) for k, x in results[p.name].items() if k in truth), default=None)
+        if p.name != OURS and row.error is not None and row.error > SOMETHING_ELSE:
+            row.status, row.note = "differs", "computes something else"
+        elif p.name in wanted:
+            ready.append(p)
+    by_name = {row.provider: row for row in rows}
+    if OURS in by_name:
+        due = {k: v for k, v in truth.items() if k not in workload.peers_only}
+        why = refusal(results.get(OURS, {}), results.get(workload.yardstick, {}), due)
+        if by_name[OURS].status == "failed" or why:
+            by_name[OURS].status, by_name[OURS].note = "parity failed", by_name[OURS].note or why
+            return rows
+    ready.append(copy_of(case.bytes))
+    rows.append(Row(case, threads, COPY))
+    by_name[COPY] = rows[-1]
+    watch = Watch()
+    samples = measure(ready, seconds)
+    others = watch.others()
+    for name, s in samples.items():
+        row = by_name[name]
+        row.calls, row.p20, row.p50, row.p80 = len(s.seconds), s.quantile(0.2), s.quantile(0.5), s.quantile(0.8)
+        row.others = others
+        row.copy_share = samples[COPY].quantile(0.5) / row.p50
+        if OURS in samples:
+            row.ours_faster = row.p50 / samples[OURS].quantile(0.5)
+    return rows
+
+
+class Watch:
+    """How many cores other processes keep busy, from the machine's and our own processor time (Linux)."""
+
+    def __init__(self) -> None:
+        self.wall, self.all, self.own = time.perf_counter(), self._machine(), time.process_time()
+
+    @staticmethod
+    def _machine() -> float | None:
+        try:
+            with open("/proc/stat") as file:
+                user, nice, system = (int(x) for x in file.readline().split()[1:4])
+        except (OSError, ValueError):
+            return None
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+    def others(self) -> float | None:
+        machine, wall = self._machine(), time.perf_counter() - self.wall
+        if machine is None or self.all is None:
+            return None
+        return max(0.0, (machine - self.all - (time.process_time() - self.own)) / wall)
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Samples:
+    calls_a_turn: int
+    seconds: list[float] = field(default_factory=list)
+    turns: int = 0
+    spent: float = 0.0
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def _estimate(provider: Provider) -> float:
+    """Seconds of one call, after warm-up; slow ones are not called again just to be sure."""
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        provider.call()
+        best = min(best, time.perf_counter() - start)
+        if best > 0.2:
+            break
+    return best
+
+
+def _turn(provider: Provider, samples: Samples) -> None:
+    """A few calls in a row. Where calls are short the first is not counted: it meets the neighbour's data in the caches."""
+    began = time.perf_counter()
+    if samples.calls_a_turn > 1:
+        provider.call()
+    for _ in range(samples.calls_a_turn):
+        if provider.prepare is not None:
+            provider.prepare()
+        run = provider.run
+        start = time.perf_counter()
+        result = run()
+        samples.seconds.append(time.perf_counter() - start)
+        del result  # freed outside the clock, for everyone
+    samples.turns += 1
+    samples.spent += time.perf_counter() - began
+
+
+def measure(providers: list[Provider], seconds: float, turns: int = 3) -> dict[str, Samples]:
+    """Round-robin for `seconds`, shared evenly: slow providers sit rounds out, but all get at least `turns` of them."""
+    taken = {p.name: Samples(max(1, min(20, int(4e-4 / _estimate(p))))) for p in providers}
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        start, share = time.perf_counter(), seconds / len(providers)
+        while (over := (time.perf_counter() - start) / seconds) < 1 or any(s.turns < turns for s in taken.values()):
+            due = [p for p in providers if taken[p.name].turns < turns or taken[p.name].spent <= share * over]
+            for p in due or [min(providers, key=lambda p: taken[p.name].spent)]:
+                _turn(p, taken[p.name])
+    finally:
+        if enabled:
+            gc.enable()
+    return taken
