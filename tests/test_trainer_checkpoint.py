@@ -13,6 +13,7 @@ from trainer_worlds import Walk
 
 from ppo_fast.trainer import checkpoint
 from ppo_fast.trainer.control import ControlConfig, UserError, train
+from ppo_fast.trainer.rundir import CsvLog, claim
 
 QUICK = {
     "num_envs": 2, "num_steps": 16, "total_timesteps": 160, "hidden_sizes": (4,), "tensorboard": False, "plot": False,
@@ -179,14 +180,30 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert files(tmp_path) == {"checkpoint.pt": b"old"}
 
 
+def test_a_log_reopened_at_an_offset_drops_what_came_after_it(tmp_path):
+    path = tmp_path / "log.csv"
+    log = CsvLog(path, ("a", "b"))
+    log.rows([(1, 0.1)])
+    offset = log.sync()
+    log.rows([(2, float("nan")), (3, 1e-9)])
+    log.sync()
+    log.close()
+    assert path.read_text() == "a,b\n1,0.1\n2,nan\n3,1e-09\n"
+    log = CsvLog(path, ("a", "b"), offset)
+    log.rows([(4, 2.0)])
+    log.close()
+    assert path.read_text() == "a,b\n1,0.1\n4,2\n"
+    log = CsvLog(path, ("a", "b"))  # no checkpoint: from the beginning
+    log.close()
+    assert path.read_text() == "a,b\n"
+
+
 def test_a_second_run_takes_a_new_folder_and_a_running_one_is_locked(finished, quiet):
     before = files(finished)
     for number in (2, 3):
         result = train(ControlConfig(run_dir=str(finished), **QUICK), make_env=Walk, console=quiet)
         assert result.run_dir == finished.with_name(f"run-{number}")
     assert files(finished) == before
-    from ppo_fast.trainer.rundir import claim
-
     config = ControlConfig(run_dir=str(finished), resume=True, **QUICK)
     with claim(config), pytest.raises(UserError, match="in use by another running process"), claim(config):
         pass

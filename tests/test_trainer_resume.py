@@ -131,6 +131,24 @@ def test_replay_brings_back_gymnasium_environments_bit_for_bit(env_id):
             np.testing.assert_array_equal(a.reset()[0], b.reset()[0])
 
 
+def test_replay_uses_the_actions_that_were_given_not_what_became_of_them():
+    class Scribbler(Push):
+        def step(self, action):
+            transition = super().step(action)
+            action *= 0.0
+            return transition
+
+    env = ReplayEnv(Scribbler(limit=50), 7, 0)
+    env.reset()
+    buffer = np.zeros(2, np.float32)
+    for value in (0.1, 0.2, 0.3):
+        buffer[:] = value  # one buffer for all steps
+        last = env.step(buffer)[0]
+    np.testing.assert_allclose(env.replay_state()[1], [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]], rtol=1e-6)
+    env.arm_restore([env.replay_state()])
+    np.testing.assert_array_equal(env.step(buffer)[0], last)
+
+
 COMMAND = [
     sys.executable, "-m", "ppo_fast.cli", "train", "control", "--env-id", "CartPole-v1", "--total-timesteps", "40960",
     "--hidden-sizes", "16", "--checkpoint-seconds", "0", "--no-plot", "--num-minibatches", "2", "--update-epochs", "2",
@@ -191,10 +209,8 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(tmp_path):
     process = start(folder, "--no-tensorboard", "--checkpoint-seconds", "1e9", "--total-timesteps", "400000")
     for _ in range(1500):
         if (
-            ((folder / "progress.csv").exists()
-            and (folder / "progress.csv").stat().st_size)
-            or process.poll() is not None
-        ):
+            (folder / "progress.csv").exists() and (folder / "progress.csv").stat().st_size
+        ) or process.poll() is not None:
             break
         time.sleep(0.02)
     time.sleep(0.3)

@@ -49,7 +49,7 @@ class ReplayEnv(gym.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         if self._restore is not None:
             return self._replay()
-        # arrays are rows of the caller's buffer, which the next rollout overwrites
+        # an array may be the caller's buffer, and some environments scale it in place
         self._actions.append(action.copy() if isinstance(action, np.ndarray) else action)
         return self.env.step(action)
 
