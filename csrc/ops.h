@@ -60,9 +60,9 @@ enum Stat {
 struct LossArgs {
   LossParams params;
   int64_t n;
-  Stream old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights;  // the rollout's
+  Stream old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask;  // the rollout's
   Stream index;                      // present: element i of the rollout's streams is their element index[i]
-  int64_t buffer_n;                  // elements of the rollout's streams (bound of index)
+  Stream weights;
   Stream values, entropy;            // with gradients
   double denominator;                // NaN: the number of valid elements
   bool sum;                          // reduction "sum": nothing is divided unless a denominator is given

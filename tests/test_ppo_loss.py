@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ppo_fast as pf
 from ppo_fast import _C, reference
 from ppo_fast.config import STATS
-from ppo_fast.ops import _loss
 from ppo_fast.ops.ppo_loss import _op
 
 
@@ -311,14 +310,18 @@ def test_compiled_reference_where_no_kernel_runs():
         torch.testing.assert_close(compiled(x), pf.ppo_loss(**x).loss)
 
 
+def compiled(config):
+    return config.numbers_vector, *config.choices()
+
+
 def test_opcheck():
     x = example(30)
     mask = torch.rand(30) < 0.5
     arguments = (x["log_prob"], x["values"], x["entropy"], x["old_log_prob"], x["advantages"], x["old_values"],
                  x["returns"], None, None, mask, None, math.nan, False)  # fmt: skip
-    torch.library.opcheck(_op, (*arguments, *_loss.compiled_arguments(pf.LossConfig.preset("cleanrl"))))
+    torch.library.opcheck(_op.op, (*arguments, *compiled(pf.LossConfig.preset("cleanrl"))))
     bare = (x["log_prob"].detach(), x["values"], None, *arguments[3:9], None, mask.float(), math.nan, True)
-    torch.library.opcheck(_op, (*bare, *_loss.compiled_arguments(pf.LossConfig())))
+    torch.library.opcheck(_op.op, (*bare, *compiled(pf.LossConfig())))
 
 
 ERRORS = [

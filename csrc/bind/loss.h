@@ -38,7 +38,7 @@ struct LossInputs {
                 bool is_double, int threads) const {
     LossArgs a{};
     a.params = params;
-    a.n = a.buffer_n = like.numel_of(lead);
+    a.n = like.numel_of(lead);
     need(values, returns, "values");
     if (values && params.value_clip == params.value_clip && params.value_clip_mode != kClipError) {
       need(values, old_values, "values and value_clip");
@@ -48,22 +48,23 @@ struct LossInputs {
       throw missing("rollout_log_prob", "LossConfig(rollout_correction=...)");
     }
     const Tensor* stored[] = {&old_log_prob, &advantages, &old_values, &returns, &ref_log_prob, &rollout_log_prob,
-                              &mask, &weights};
+                              &mask};
     old_log_prob.required(), advantages.required();
     if (index) {
       index.integer().same_shape(like, shape, lead);
       a.index = index.stream();
-      a.buffer_n = old_log_prob.numel();
+      const int64_t stored_n = old_log_prob.numel();
       for (const Tensor* t : stored) {
-        if (*t && t->numel() != a.buffer_n) {
-          t->fail(text("have as many elements as old_log_prob, ", a.buffer_n, ", got ", t->shape_text()));
+        if (*t && t->numel() != stored_n) {
+          t->fail(text("have as many elements as old_log_prob, ", stored_n, ", got ", t->shape_text()));
         }
       }
-      check_range(index, a.buffer_n, "elements of the rollout");
+      check_range(index, stored_n, "elements of the rollout");
     } else {
       for (const Tensor* t : stored) t->same_shape(like, shape, lead);
     }
     values.same_shape(like, shape, lead);
+    weights.same_shape(like, shape, lead);
     for (const Tensor* t : {&old_log_prob, &advantages, &values, &old_values, &returns, &ref_log_prob,
                             &rollout_log_prob, &weights})
       t->floating();

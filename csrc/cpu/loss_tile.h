@@ -67,7 +67,7 @@ struct LossBuffers {
     t.ref_log_prob = read_tile(a.ref_log_prob, first, n, at, in[4]);
     t.rollout_log_prob = read_tile(a.rollout_log_prob, first, n, at, in[5]);
     t.mask = read_tile(a.mask, first, n, at, in[6]);
-    t.weights = read_tile(a.weights, first, n, at, in[7]);
+    t.weights = read_tile(a.weights, first, n, nullptr, in[7]);
     t.values = read_tile(a.values, first, n, nullptr, in[8]);
     t.entropy = read_tile(a.entropy, first, n, nullptr, in[9]);
     if (a.grad_values.data) t.grad_values = tile_to_write(a.grad_values, first, n, out[0]);

@@ -1,33 +1,149 @@
-"""What the three losses share in Python: weights, outputs, and the arguments that no gradient flows to."""
+"""What the three losses share in Python: checks, weights, the three doors, and the registered op."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import _backend, _library
+from .._autograd import attach
 from ..config import STATS, LossConfig
+from ..outputs import PPOLoss, Stats
 from ..reductions import token_weights
+
+#: What the rollout stored, in the order in which every kernel and registered op takes it.
+ROLLOUT = ("old_log_prob", "advantages", "old_values", "returns", "ref_log_prob", "rollout_log_prob", "mask", "weights")
+_ROLLOUT_SCHEMA = (
+    "Tensor old_log_prob, Tensor advantages, Tensor? old_values, Tensor? returns, Tensor? ref_log_prob, "
+    "Tensor? rollout_log_prob, Tensor? mask, Tensor? weights, float denominator, bool total"
+)
+
+
+class Loss:
+    """One loss op. `fill(params, inputs, needed, extra, *rollout)` calls its kernel and returns loss, statistics and the
+    gradient of every input; `inputs` and `extra` are schemas of what comes before the rollout, with and without gradient.
+    """
+
+    def __init__(self, name: str, like: str, inputs: str, extra: str, fill: Callable) -> None:
+        self.name, self.like, self.fill = name, like, fill
+        self.n_inputs = inputs.count("Tensor")
+        self.n_extra = extra.count(",") + 1 if extra else 0
+        arguments = ", ".join(filter(None, [inputs, extra, _ROLLOUT_SCHEMA, _library.CONFIG_SCHEMA]))
+        returns = ", ".join(["Tensor"] * (2 + self.n_inputs))
+        schema = f"({arguments}) -> ({returns})"
+        self.op = _library.define(name, schema, self._kernel, self._fake, self._setup_context, self._backward)
+
+    def __call__(
+        self,
+        inputs: tuple[Tensor | None, ...],
+        extra: tuple,
+        config: LossConfig | None,
+        specification: Callable[..., PPOLoss],
+        shape: torch.Size,
+        rollout: tuple[Tensor | None, ...],
+        cu_seqlens: Tensor | None,
+        denominator: float | Tensor | None,
+        index: Tensor | None = None,
+    ) -> PPOLoss:
+        """Checks, then one of three: the registered op while compiling, the kernel, or the specification."""
+        config = check_config(self.name, config)
+        constants(self.name, **dict(zip(ROLLOUT, rollout, strict=True)))
+        check_denominator(self.name, denominator)
+        first = inputs[0]
+        compiling = torch.compiler.is_compiling()
+        if not (_backend.compiles_kernel(first) if compiling else _backend.takes_kernel(self.name, first)):
+            self._check_streams(shape, config, inputs, rollout, index)
+            return specification(config, *inputs)
+        w, count, total = weighting(config, shape, first, rollout, denominator, cu_seqlens, index)
+        rollout = (*rollout[:-1], w, count, total)
+        if compiling:
+            loss, stats, *_ = self.op(*inputs, *extra, *rollout, config.numbers_vector, *config.choices())
+            return PPOLoss(loss, Stats(stats))
+        params, fill = packed(config), self.fill
+        needed = [x is not None and x.requires_grad for x in inputs] if torch.is_grad_enabled() else ()
+        if not any(needed):
+            loss, stats, *_ = fill(params, inputs, [False] * self.n_inputs, extra, *rollout)
+            return PPOLoss(loss, Stats(stats))
+        loss, stats, *grads = fill(params, inputs, needed, extra, *rollout)
+        loss = attach(
+            loss,
+            inputs,
+            grads,
+            lambda *inputs: fill(params, inputs, needed, extra, *rollout)[2:],
+            lambda *inputs: specification(config, *inputs).loss,
+        )
+        return PPOLoss(loss, Stats(stats))
+
+    def _check_streams(self, shape, config, inputs, rollout, index) -> None:
+        """For the reference, what the bindings check for the kernels."""
+        streams = dict(zip(ROLLOUT, rollout, strict=True))
+        stored = None if index is None else rollout[0].numel()
+        for name, x in streams.items():
+            if x is None and name not in ("old_log_prob", "advantages"):
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{self.name}: {name} must be a tensor, got {type(x).__name__ if x is not None else x}")
+            if name != "mask" and not x.is_floating_point():
+                raise TypeError(f"{self.name}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+            if stored is not None and x.numel() != stored:
+                what = f"have as many elements as old_log_prob, {stored}, got {list(x.shape)}"
+                raise ValueError(f"{self.name}: {name} must {what}")
+            if stored is None and x.shape != shape:
+                raise ValueError(f"{self.name}: {name} must be {self.like} = {list(shape)}, got {list(x.shape)}")
+        if index is not None and index.shape != shape:
+            raise ValueError(f"{self.name}: index must be {self.like} = {list(shape)}, got {list(index.shape)}")
+        values = inputs[1] if self.name != "normal_ppo_loss" else inputs[2]
+        if values is not None:
+            if values.shape != shape:
+                raise ValueError(f"{self.name}: values must be {self.like} = {list(shape)}, got {list(values.shape)}")
+            if streams["returns"] is None:
+                raise TypeError(f"{self.name}: returns must be a tensor with values, got None")
+            clipped = config.value_clip is not None and config.value_clip_mode != "error"
+            if clipped and streams["old_values"] is None:
+                raise TypeError(f"{self.name}: old_values must be a tensor with values and value_clip, got None")
+        for name, wanted in (("ref_log_prob", "kl"), ("rollout_log_prob", "rollout_correction")):
+            if getattr(config, wanted) is not None and streams[name] is None:
+                raise TypeError(f"{self.name}: {name} must be a tensor with LossConfig({wanted}=...), got None")
+
+    # --- the registered op: (loss, statistics, one gradient per input), gradients for a grad_output of 1 --------------
+
+    def _kernel(self, *args):
+        inputs, extra, rest = self._split(args)
+        n_config = 1 + len(_library.CHOICES)
+        numbers, *choices = rest[-n_config:]
+        params = packed(LossConfig.unpacked(numbers.tolist(), choices))
+        needed = [x is not None for x in inputs]
+        loss, stats, *grads = self.fill(params, inputs, needed, extra, *rest[:-n_config])
+        return loss, stats, *(_library.placeholder(inputs[0]) if g is None else g for g in grads)
+
+    def _fake(self, *args):
+        inputs, _, _ = self._split(args)
+        grads = (_library.placeholder(inputs[0]) if x is None else x.new_empty(x.shape) for x in inputs)
+        return *outputs(*inputs), *grads
+
+    def _split(self, args):
+        end = self.n_inputs + self.n_extra
+        return args[: self.n_inputs], args[self.n_inputs : end], args[end:]
+
+    def _setup_context(self, ctx, inputs, output):
+        ctx.save_for_backward(*output[2:])
+        ctx.absent = [x is None for x in inputs[: self.n_inputs]]
+        ctx.n_rest = len(inputs) - self.n_inputs
+        ctx.mark_non_differentiable(*output[1:])
+
+    def _backward(self, ctx, grad_loss, *_):
+        pairs = zip(ctx.absent, ctx.saved_tensors, strict=True)
+        return *(None if absent else g * grad_loss.to(g.dtype) for absent, g in pairs), *([None] * ctx.n_rest)
 
 
 @lru_cache(maxsize=256)
 def packed(config: LossConfig):
     """The config as C++ has it."""
     return _backend._C.LossParams(config.numbers(), config.choices())
-
-
-def compiled_arguments(config: LossConfig) -> tuple:
-    """A config as registered ops take it: see _library.CONFIG_SCHEMA."""
-    return (config.numbers_vector, *config.choices())
-
-
-def split_compiled(rest: tuple) -> tuple[tuple, LossConfig]:
-    """What follows a registered loss's inputs, as (rollout arguments, config)."""
-    numbers, *choices = rest[-_library.N_CONFIG :]
-    return rest[: -_library.N_CONFIG], LossConfig.unpacked(numbers.tolist(), choices)
 
 
 def check_config(op: str, config: LossConfig | None) -> LossConfig:
@@ -49,33 +165,33 @@ def constants(op: str, **tensors: Tensor | None) -> None:
     """An input that gets no gradient but requires one is a mistake that would train silently wrong."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
-            if x is not None and x.requires_grad:
+            if x is not None and getattr(x, "requires_grad", False):
                 raise ValueError(f"{op}: {name} gets no gradient but requires one; detach it or use torch.no_grad()")
 
 
 def weighting(
-    op: str,
     config: LossConfig,
+    shape: torch.Size,
     like: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
+    rollout: tuple[Tensor | None, ...],
     denominator: float | Tensor | None,
     cu_seqlens: Tensor | None,
+    index: Tensor | None,
 ) -> tuple[Tensor | None, float, bool]:
     """(weights, denominator or NaN, whether nothing else is divided): what kernels take for a reduction."""
-    if denominator is not None and not isinstance(denominator, Tensor):
-        check_denominator(op, denominator)
-        if weights is not None or config.reduction in ("token-mean", "sum"):
-            return weights, float(denominator), True
-    elif denominator is None:
-        if weights is not None:
-            return weights, math.nan, True
-        if config.reduction in ("token-mean", "sum"):
-            return None, math.nan, config.reduction == "sum"
+    *_, mask, weights = rollout
+    if index is not None and weights is not None:
+        weights = weights.reshape(-1)[index.long()]  # kernels take weights per element of the minibatch
+    plain = weights is not None or config.reduction in ("token-mean", "sum")
+    if plain and denominator is None:
+        return weights, math.nan, weights is not None or config.reduction == "sum"
+    if plain and not isinstance(denominator, Tensor):
+        return weights, float(denominator), True  # type: ignore[arg-type]
+    if index is not None and mask is not None:
+        mask = mask.reshape(-1)[index.long()]
     valid = None if mask is None else mask != 0
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    ones = torch.empty((), dtype=dtype, device=like.device).expand(like.shape)
-    return token_weights(ones, valid, config.reduction, weights, denominator, cu_seqlens), math.nan, True
+    element = torch.empty((), dtype=compute_dtype(like), device=like.device).expand(shape)
+    return token_weights(element, valid, config.reduction, weights, denominator, cu_seqlens), math.nan, True
 
 
 def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
@@ -87,39 +203,12 @@ def outputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss [] and the statistics [len(STATS)], for a kernel to fill."""
     like = inputs[0]
     dtype = compute_dtype(*inputs)
-    if like.dtype == dtype:
-        return like.new_empty(()), like.new_empty(len(STATS))
-    return like.new_empty((), dtype=dtype), like.new_empty(len(STATS), dtype=dtype)
-
-
-def check_streams(op: str, shape: torch.Size, config: LossConfig, **streams: Tensor | None) -> None:
-    """For the reference, what the bindings check for the kernels."""
-    for name, x in streams.items():
-        if x is None and name not in ("old_log_prob", "advantages"):
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__ if x is not None else None}")
-        if name != "mask" and not x.is_floating_point():
-            raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-        if x.shape != shape:
-            raise ValueError(f"{op}: {name} must be the shape of log_prob = {list(shape)}, got {list(x.shape)}")
-    needs = {"values": "returns"}
-    if config.value_clip is not None and config.value_clip_mode != "error":
-        needs |= {"values and value_clip": "old_values"}
-    for have, want in needs.items():
-        if streams["values"] is not None and streams[want] is None:
-            raise TypeError(f"{op}: {want} must be a tensor with {have}, got None")
-    if config.kl is not None and streams["ref_log_prob"] is None:
-        raise TypeError(f"{op}: ref_log_prob must be a tensor with LossConfig(kl=...), got None")
-    if config.rollout_correction is not None and streams["rollout_log_prob"] is None:
-        raise TypeError(f"{op}: rollout_log_prob must be a tensor with LossConfig(rollout_correction=...), got None")
+    if like.dtype == dtype:  # type: ignore[union-attr]
+        return like.new_empty(()), like.new_empty(len(STATS))  # type: ignore[union-attr]
+    return like.new_empty((), dtype=dtype), like.new_empty(len(STATS), dtype=dtype)  # type: ignore[union-attr]
 
 
 def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:
     if x is None or not wanted:
         return None
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def wants(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad

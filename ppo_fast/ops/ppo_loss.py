@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend, _library, reference
-from .._autograd import attach
-from ..config import STATS, LossConfig
-from ..outputs import PPOLoss, Stats
+from .. import _backend, reference
+from ..config import LossConfig
+from ..outputs import PPOLoss
 from . import _loss
 
 
@@ -61,46 +60,21 @@ def ppo_loss(
     Cost: reads each input once and writes each gradient once; advantages or mask once more where the loss needs their
     mean or count first. float32 with values, entropy and all gradients: 7 reads + 3 writes = 40 bytes an element.
     """
-    config = _loss.check_config("ppo_loss", config)
-    _loss.constants("ppo_loss", old_log_prob=old_log_prob, advantages=advantages, old_values=old_values, returns=returns,
-                    ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, weights=weights)  # fmt: skip
 
-    def specification(log_prob, values, entropy):
+    def specification(config, log_prob, values, entropy):
         return reference.ppo_loss(
             log_prob, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
             entropy=entropy, ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
             cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
         )  # fmt: skip
 
-    inputs = (log_prob, values, entropy)
-    compiling = torch.compiler.is_compiling()
-    if not (_backend.compiles_kernel(log_prob) if compiling else _backend.takes_kernel("ppo_loss", log_prob)):
-        _loss.check_denominator("ppo_loss", denominator)
-        _loss.check_streams("ppo_loss", log_prob.shape, config, old_log_prob=old_log_prob, advantages=advantages,
-                            values=values, old_values=old_values, returns=returns, entropy=entropy,
-                            ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
-                            weights=weights)  # fmt: skip
-        return specification(*inputs)
-    w, count, total = _loss.weighting("ppo_loss", config, log_prob, mask, weights, denominator, cu_seqlens)
-    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, w, count, total)
-    if compiling:
-        loss, stats, *_ = _op(*inputs, *rollout, *_loss.compiled_arguments(config))
-        return PPOLoss(loss, Stats(stats))
-    params = _loss.packed(config)
-    needed = tuple(map(_loss.wants, inputs)) if torch.is_grad_enabled() else (False, False, False)
-    loss, stats, *grads = _fill(params, inputs, needed, *rollout)
-    if any(needed):
-        loss = attach(
-            loss, inputs, grads,
-            lambda *inputs: _fill(params, inputs, needed, *rollout)[2:],
-            lambda *inputs: specification(*inputs).loss,
-        )  # fmt: skip
-    return PPOLoss(loss, Stats(stats))
+    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
+    shape = getattr(log_prob, "shape", None)  # not a tensor: the checks say so
+    return _op((log_prob, values, entropy), (), config, specification, shape, rollout, cu_seqlens, denominator)
 
 
-def _fill(params, inputs, needed, old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask,
-          weights, count, total):  # fmt: skip
-    """Allocates and calls the kernel: loss, statistics, and the gradient of each input that needs one."""
+def _fill(params, inputs, needed, extra, old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob,
+          mask, weights, count, total):  # fmt: skip
     log_prob, values, entropy = inputs
     loss, stats = _loss.outputs(*inputs)
     grads = [_loss.gradient_for(x, need) for x, need in zip(inputs, needed, strict=True)]
@@ -111,20 +85,6 @@ def _fill(params, inputs, needed, old_log_prob, advantages, old_values, returns,
     return loss, stats, *grads
 
 
-# --- under torch.compile ----------------------------------------------------------------------------------------------
-
-
-def _kernel(log_prob, values, entropy, *rest):
-    inputs = (log_prob, values, entropy)
-    rollout, config = _loss.split_compiled(rest)
-    loss, stats, *grads = _fill(_loss.packed(config), inputs, [x is not None for x in inputs], *rollout)
-    return loss, stats, *(_library.placeholder(log_prob) if g is None else g for g in grads)
-
-
-def _fake(log_prob, values, entropy, *rest):
-    dtype = _loss.compute_dtype(log_prob, values, entropy)
-    grads = (_library.placeholder(log_prob) if x is None else x.new_empty(x.shape) for x in (log_prob, values, entropy))
-    return log_prob.new_empty((), dtype=dtype), log_prob.new_empty(len(STATS), dtype=dtype), *grads
-
-
-_op = _library.define_loss("ppo_loss", "Tensor log_prob, Tensor? values, Tensor? entropy", _kernel, _fake)
+_op = _loss.Loss(
+    "ppo_loss", "the shape of log_prob", "Tensor log_prob, Tensor? values, Tensor? entropy", "", _fill
+)
