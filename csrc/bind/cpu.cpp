@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "../cpu/dispatch.h"
+#include "categorical_log_prob.h"
 #include "ppo_loss.h"
 
 namespace py = pybind11;
@@ -33,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   }, py::arg("name"), "For tests and bug reports; an empty name picks the best.");
 
   bind_ppo_loss(m);
+  bind_categorical_log_prob(m);
 }
