@@ -90,9 +90,55 @@ struct WhitenArgs {
   int threads;
 };
 
+// --- log-probabilities -----------------------------------------------------------------------------------------------
+
+// n categorical distributions, log softmax(logits / temperature), and the action taken from each.
+struct Categorical {
+  Rows logits;                    // [n, A]
+  Stream actions;                 // [n], integers, or floats that hold integers
+  Rows action_mask;               // [n, A]: where 0, the probability is 0
+  Stream temperature;             // [n]; absent: temperature_value
+  double temperature_value = 1;
+  int64_t ignore_index = 0;       // rows whose action it is are not read and give 0
+  bool has_ignore_index = false;
+};
+
+// Outputs are contiguous, in the compute dtype. saved is [2, n]: log p = (logits - saved[0])/temperature - saved[1];
+// saved[1] = inf marks a row that gives 0.
+struct CategoricalLogProbArgs {
+  Categorical dist;
+  int64_t n;
+  void *log_prob, *entropy, *saved;  // entropy: nullptr where not wanted
+  bool is_double;
+  Offence* offence;                  // the first action that is not in [0, A)
+  int threads;
+};
+struct CategoricalLogProbBackwardArgs {
+  Categorical dist;
+  int64_t n;
+  const void *entropy, *saved;    // entropy: nullptr with d_entropy absent
+  Stream d_log_prob, d_entropy;   // any strides; absent: 0
+  Rows d_logits;                  // in the dtype of the logits; may be the logits' own memory
+  bool is_double;
+  int threads;
+};
+
+// --- losses from a distribution's parameters -------------------------------------------------------------------------
+
+// loss.index gathers actions and action_mask too. d_logits: d loss / d logits, absent where not wanted.
+struct CategoricalPpoLossArgs {
+  LossArgs loss;
+  Categorical dist;
+  Rows d_logits;
+  Offence* offence;
+};
+
 // Every CPU op: its name and its arguments. csrc/cpu/<name>.inc is the body.
-#define PF_CPU_OPS(X)      \
+#define PF_CPU_OPS(X) \
   X(ppo_loss, PpoLossArgs) \
-  X(whiten, WhitenArgs)
+  X(whiten, WhitenArgs) \
+  X(categorical_ppo_loss, CategoricalPpoLossArgs) \
+  X(categorical_log_prob, CategoricalLogProbArgs) \
+  X(categorical_log_prob_backward, CategoricalLogProbBackwardArgs)
 
 }  // namespace pf

@@ -227,7 +227,7 @@ def categorical_log_prob(
     possible = z != -math.inf
     live = live & possible.any(-1)
     z = torch.where(live[..., None], z, 0.0)
-    log_p = z - z.logsumexp(-1, keepdim=True)
+    log_p = z.log_softmax(-1)
     actions = torch.where(live, actions, 0)
     log_prob = torch.where(live, log_p.gather(-1, actions[..., None]).squeeze(-1), 0.0)
     if not entropy:

@@ -2,6 +2,8 @@
 #include <cstdlib>
 
 #include "../cpu/dispatch.h"
+#include "categorical_log_prob.h"
+#include "categorical_ppo_loss.h"
 #include "ppo_loss.h"
 #include "whiten.h"
 
@@ -35,4 +37,6 @@ PYBIND11_MODULE(_C, m) {
 
   bind_ppo_loss(m);
   bind_whiten(m);
+  bind_categorical_log_prob(m);
+  bind_categorical_ppo_loss(m);
 }

@@ -76,7 +76,17 @@ struct LossBuffers {
   }
   void close(const LossArgs& a, int64_t first, const LossTile<T>& t) {
     if (t.grad_values) finish_tile(a.grad_values, first, t.n, t.grad_values, out[0]);
-    if (t.grad_entropy) finish_tile(a.grad_entropy, first, t.n, t.grad_entropy, out[1]);
+    if (t.grad_entropy && a.grad_entropy.data) finish_tile(a.grad_entropy, first, t.n, t.grad_entropy, out[1]);
+  }
+};
+
+// Partial sums of the fused losses: what the loss sums, and the first label that was refused.
+struct RowLossSums {
+  LossSums loss;
+  Offence offence;
+  void merge(const RowLossSums& o) {
+    loss.merge(o.loss);
+    if (offence.where < 0) offence = o.offence;
   }
 };
 

@@ -17,6 +17,9 @@ PF_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even; NaN stays Na
 
 struct BFloat16 {
   uint16_t bits;
+  BFloat16() = default;
+  PF_INLINE explicit BFloat16(float x) : bits(to_bf16(x)) {}
+  PF_INLINE explicit BFloat16(double x) : bits(to_bf16(static_cast<float>(x))) {}
   PF_INLINE operator float() const { return from_bf16(bits); }
 };
 
@@ -34,6 +37,17 @@ PF_INLINE void with_type(DType dtype, F&& f) {
     case DType::i8: return f(static_cast<const int8_t*>(nullptr));
     case DType::u8:
     case DType::boolean: return f(static_cast<const uint8_t*>(nullptr));
+  }
+}
+
+// The same for what gradients are stored as; the pointer is to non-const.
+template <class F>
+PF_INLINE void with_float_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f64: return f(static_cast<double*>(nullptr));
+    case DType::bf16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::f16: return f(static_cast<_Float16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
   }
 }
 

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#if PF_X86
+#include <immintrin.h>
+#endif
 
 #include "../ops.h"
 #include "parallel.h"
@@ -26,4 +30,5 @@
 #include "../math/number.h"
 #include "../math/elementary.h"
 #include "stream.h"
+#include "convert.h"
 #include PF_OP_BODY

@@ -140,6 +140,13 @@ PF_INLINE Vec<T> min_of(const Vec<T>& a, const Vec<T>& b) {
   return select((a < b) | (a != a), a, b);
 }
 
+// One instruction: a > b ? a : b, so b where either is NaN.
+template <class T>
+PF_INLINE Vec<T> larger_or_second(Vec<T> a, const Vec<T>& b) {
+  PF_EACH(i) a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+
 template <class T>
 PF_INLINE Vec<T> abs_of(Vec<T> a) {
   PF_EACH(i) {
@@ -182,6 +189,19 @@ PF_INLINE Vec<T> pow2(Vec<T> k) {
     k.r[i] = __builtin_bit_cast(typename Registers<T>::Float, e);
   }
   return k;
+}
+
+// 2^k with k in the low bits of `shifted` = k + magic (see pow2), -126 <= k <= 127 (-1022 and 1023 for double).
+template <class T>
+PF_INLINE Vec<T> pow2_of_shifted(Vec<T> shifted) {
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  using Int = typename Registers<T>::Int;
+  PF_EACH(i) {
+    using B = typename Registers<T>::Bits;
+    const B bits = (__builtin_bit_cast(B, shifted.r[i]) << kMantissa) + (Int(kBias) << kMantissa);
+    shifted.r[i] = __builtin_bit_cast(typename Registers<T>::Float, bits);
+  }
+  return shifted;
 }
 
 // x positive and normal: mantissa in [1, 2) and exponent as a float.

@@ -6,19 +6,11 @@
 namespace pf {
 namespace PF_ISA {
 
-// e^x: n = round(x/ln 2), r = x - n·ln 2 in two parts, a polynomial in r, and 2^n in two halves so that the result
-// over- and underflows as it should. 1 ulp (float), 1 ulp (double).
+// e^r for |r| <= ½·ln 2.
 template <class V>
-PF_FN V exp_of(const V& x) {
+PF_FN V exp_reduced(const V& r) {
   using T = scalar_t<V>;
   constexpr bool kFloat = sizeof(T) == 4;
-  const T lowest = kFloat ? T(-104) : T(-746), highest = kFloat ? T(89) : T(710);
-  const T magic = kFloat ? T(12582912.0) : T(6755399441055744.0);  // adding and subtracting it rounds to an integer
-  const V c = select(x < V(lowest), V(lowest), select(x > V(highest), V(highest), x));
-  const V n = (c * V(T(1.44269504088896340736)) + V(magic)) - V(magic);
-  const T high = kFloat ? T(0.693359375) : T(6.93147180369123816490e-01);
-  const T low = kFloat ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  const V r = (c - n * V(high)) - n * V(low);
   V p;
   if constexpr (kFloat) {
     p = V(T(1.9875691500e-4)) * r + V(T(1.3981999507e-3));
@@ -40,9 +32,45 @@ PF_FN V exp_of(const V& x) {
     p = p * r + V(T(1.0 / 6.0));
     p = p * r + V(T(0.5));
   }
-  const V e = (p * (r * r) + r) + V(T(1));
+  return (p * (r * r) + r) + V(T(1));
+}
+
+// e^x: n = round(x/ln 2), r = x - n·ln 2 in two parts, a polynomial in r, and 2^n in two halves so that the result
+// over- and underflows as it should. 1 ulp (float), 1 ulp (double).
+template <class V>
+PF_FN V exp_of(const V& x) {
+  using T = scalar_t<V>;
+  constexpr bool kFloat = sizeof(T) == 4;
+  const T lowest = kFloat ? T(-104) : T(-746), highest = kFloat ? T(89) : T(710);
+  const T magic = kFloat ? T(12582912.0) : T(6755399441055744.0);  // adding and subtracting it rounds to an integer
+  const V c = select(x < V(lowest), V(lowest), select(x > V(highest), V(highest), x));
+  const V n = (c * V(T(1.44269504088896340736)) + V(magic)) - V(magic);
+  const T high = kFloat ? T(0.693359375) : T(6.93147180369123816490e-01);
+  const T low = kFloat ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  const V r = (c - n * V(high)) - n * V(low);
+  const V e = exp_reduced(r);
   const V half = (n * V(T(0.5)) + V(magic)) - V(magic);
   return select(x != x, x, (e * pow2(half)) * pow2(n - half));
+}
+
+// Where e^x ends for a softmax: the least x whose e^x, relative to the largest term, is not taken as 0.
+template <class T>
+PF_FN constexpr T softmax_floor() {
+  return sizeof(T) == 4 ? T(-87) : T(-708);
+}
+
+// e^x for softmax_floor <= x <= 0, and 0 at the floor itself, so that no subnormal slows a sum. 1 ulp. NaN stays NaN.
+template <class V>
+PF_FN V exp_floored(const V& x) {
+  using T = scalar_t<V>;
+  constexpr bool kFloat = sizeof(T) == 4;
+  const T magic = kFloat ? T(12582912.0) : T(6755399441055744.0);
+  const V shifted = x * V(T(1.44269504088896340736)) + V(magic);
+  const V n = shifted - V(magic);
+  const T high = kFloat ? T(0.693359375) : T(6.93147180369123816490e-01);
+  const T low = kFloat ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  const V r = (x - n * V(high)) - n * V(low);
+  return select(x == V(softmax_floor<T>()), V(T(0)), exp_reduced(r) * pow2_of_shifted(shifted));
 }
 
 // Σ_k c[k]·x^k, k < N: pairs of terms first, so the chain of dependent operations is half as long as Horner's.

@@ -1,0 +1,52 @@
+// What the bindings of the log-prob ops share: gradients and results checked against their inputs, labels out of range.
+#pragma once
+#include <utility>
+
+#include "tensor.h"
+
+namespace pf::bind {
+
+// Contiguous results of the shape of the rows, in the compute dtype.
+inline void* result(const Tensor& x, const Tensor& like, int lead, bool is_double) {
+  if (!x) return nullptr;
+  const DType dtype = is_double ? DType::f64 : DType::f32;
+  return x.same_shape(like, "the shape of the rows", lead).dtype_is(dtype, "the compute dtype").contiguous().data();
+}
+
+inline Stream incoming(const Tensor& x, const Tensor& like, int lead) {
+  return x.floating().same_shape(like, "the shape of the rows", lead).stream();
+}
+
+inline Rows gradient_rows(const Tensor& x, const Tensor& of) {
+  return x.required().same_shape(of, "the input's shape").dtype_is(of.dtype(), "the input's dtype").rows();
+}
+
+inline void check_rows(const Tensor& x) {
+  x.required().floating();
+  if (x.ndim() < 1) x.fail("be [..., A], got " + x.shape_text());
+}
+
+[[noreturn]] inline void refuse(const Tensor& actions, const Offence& o, int64_t bound, const char* what) {
+  actions.fail(text("be in [0, ", bound, "), the ", what, ", got ", o.value, " at row ", o.where));
+}
+
+// Of a gradient that is to overwrite its input: no two elements may share memory.
+inline bool has_overlap(const Tensor& x) {
+  // Strides in ascending order must each step over everything that the smaller ones reach.
+  int order[64], n = 0;
+  for (int d = 0; d < x.ndim() && n < 64; ++d) {
+    if (x.size(d) != 1) order[n++] = d;
+  }
+  auto step = [&](int d) { return x.stride(d) < 0 ? -x.stride(d) : x.stride(d); };
+  for (int i = 1; i < n; ++i) {
+    for (int j = i; j > 0 && step(order[j]) < step(order[j - 1]); --j) std::swap(order[j], order[j - 1]);
+  }
+  int64_t reach = 0;
+  for (int i = 0; i < n; ++i) {
+    if (x.numel() > 0 && step(order[i]) <= reach) return true;
+    reach += (x.size(order[i]) - 1) * step(order[i]);
+  }
+  return false;
+}
+
+}  // namespace pf::bind

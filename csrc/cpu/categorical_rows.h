@@ -1,0 +1,337 @@
+// Log-prob and entropy of a tile of categorical rows, and the gradient of the tile's logits. categorical_log_prob,
+// multi_categorical_log_prob and categorical_ppo_loss all call these two functions. Which of the two ways a row goes
+// depends on its width only, so a row alone has the same bits as in any batch.
+#pragma once
+#include "rows.h"
+#include "../math/categorical.h"
+
+namespace pf {
+namespace PF_ISA {
+
+// n <= kRowTile rows, contiguous. log p = (logits - shift)/temperature - log_sum; log_sum = inf: the row gives 0.
+// entropy is nullptr where not wanted; the backward reads it if and only if it is given d_entropy.
+template <class T>
+struct CategoricalTile {
+  T *log_prob, *entropy, *shift, *log_sum;
+};
+
+// What the rows of a tile are told: its action, where its mask lies, whether it is skipped, 1/temperature.
+template <class T>
+struct CategoricalLabels {
+  alignas(64) T inverse_temperature[kRowTile];
+  alignas(64) T action_lane[kRowTile];  // the action as T, -1 where skipped: lanes compare with it
+  int64_t action[kRowTile], mask_row[kRowTile];
+  bool skip[kRowTile];
+  bool any_skip = false;
+
+  CategoricalLabels(const Categorical& c, int64_t first, int64_t n, const int64_t* index, const T* valid) {
+    if (index) {
+      gather(c.actions, index, n, action);
+    } else {
+      read(c.actions, first, n, action);
+    }
+    for (int64_t i = 0; i < n; ++i) skip[i] = c.has_ignore_index && action[i] == c.ignore_index;
+    for (int64_t i = 0; valid && i < n; ++i) skip[i] |= valid[i] == 0;
+    for (int64_t i = 0; i < n; ++i) any_skip |= skip[i];
+    if (c.action_mask.lead.data) {
+      for (int64_t i = 0; i < n; ++i) mask_row[i] = index ? index[i] : first + i;
+    }
+    // finite, so that the largest logit's (z - z)/temperature stays 0
+    const T most = std::numeric_limits<T>::max();
+    if (c.temperature.data) {
+      read(c.temperature, first, n, inverse_temperature);
+      for (int64_t i = 0; i < n; ++i) inverse_temperature[i] = std::min(T(1) / inverse_temperature[i], most);
+      for (int64_t i = n; i < padded(n); ++i) inverse_temperature[i] = T(1);
+    } else {
+      const Vec<T> inverse(std::min(T(1) / static_cast<T>(c.temperature_value), most));
+      for (int64_t i = 0; i < n; i += kLanes) inverse.store(inverse_temperature + i);
+    }
+    for (int64_t i = 0; i < n; ++i) action_lane[i] = static_cast<T>(action[i]);
+    for (int64_t i = n; i < padded(n); ++i) action_lane[i] = T(-1);
+  }
+
+  // Skips rows whose action is not one of A, and notes the first of them.
+  void check(int64_t first, int64_t n, int64_t width, Offence& offence) {
+    bool out = false;
+    for (int64_t i = 0; i < n; ++i) out |= static_cast<uint64_t>(action[i]) >= static_cast<uint64_t>(width);
+    if (!out) return;
+    for (int64_t i = 0; i < n; ++i) {
+      if (skip[i] || (action[i] >= 0 && action[i] < width)) continue;
+      skip[i] = any_skip = true;
+      if (offence.where < 0) offence = {first + i, action[i]};
+    }
+  }
+};
+
+// n elements of sixteen, in one store where all are there.
+template <class T>
+PF_INLINE void store_part(const Vec<T>& v, T* to, int64_t n) {
+  if (n == kLanes) return v.store(to);
+  alignas(64) T x[kLanes];
+  v.store(x);
+  for (int64_t i = 0; i < n; ++i) to[i] = x[i];
+}
+template <class T>
+PF_INLINE Vec<T> load_part(const T* from, int64_t n) {
+  if (n == kLanes) return Vec<T>::load(from);
+  alignas(64) T x[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) x[i] = from[i];
+  return Vec<T>::load(x);
+}
+
+// Sixteen rows in lanes.
+template <class T>
+inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t at, int64_t n,
+                          const CategoricalTile<T>& out) {
+  using V = Vec<T>;
+  const V inf(std::numeric_limits<T>::infinity()), zero(T(0));
+  const int64_t width = c.logits.width;
+  const bool* skip = l.any_skip ? l.skip + at : nullptr;
+  alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
+  read_lanes(c.logits, first + at, n, skip, z);
+  if (c.action_mask.lead.data) {
+    read_mask_lanes(c.action_mask, l.mask_row + at, n, skip, mask);
+    for (int64_t j = 0; j < width * kLanes; j += kLanes) {
+      select(V::load(mask + j) != zero, V::load(z + j), -inf).store(z + j);
+    }
+  }
+  V largest = -inf;
+  for (int64_t j = 0; j < width; ++j) {  // a NaN may be lost here: it comes back through the sum
+    largest = larger_or_second(V::load(z + j * kLanes), largest);
+  }
+  const V shift = select(largest == -inf, zero, largest), inverse = V::load(l.inverse_temperature + at);
+  const V action = V::load(l.action_lane + at);
+  V sum = zero, weighted = zero, taken = zero;
+  for (int64_t j = 0; j < width; ++j) {
+    const V x = V::load(z + j * kLanes), u = softmax_exponent(x, shift, inverse), e = exp_floored(u);
+    sum = sum + e;
+    weighted = weighted + e * u;
+    taken = select(action == V(static_cast<T>(j)), x, taken);
+  }
+  auto dead = sum == zero;
+  if (skip) {
+    alignas(64) T skipped[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) skipped[i] = i < n && skip[i] ? T(1) : T(0);
+    dead = dead | (V::load(skipped) != zero);
+  }
+  const V log_sum = log_of(sum);
+  store_part(select(dead, zero, (taken - shift) * inverse - log_sum), out.log_prob + at, n);
+  if (out.entropy) store_part(select(dead, zero, softmax_entropy(log_sum, sum, weighted)), out.entropy + at, n);
+  store_part(select(dead, zero, shift), out.shift + at, n);
+  store_part(select(dead, inf, log_sum), out.log_sum + at, n);
+}
+
+template <class T>
+inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t at, int64_t n,
+                           const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy,
+                           const Rows& d_logits) {
+  using V = Vec<T>;
+  const V inf(std::numeric_limits<T>::infinity()), zero(T(0));
+  const int64_t width = c.logits.width;
+  const bool masked = c.action_mask.lead.data;
+  const V log_sum = load_part(tile.log_sum + at, n), shift = load_part(tile.shift + at, n);
+  const auto dead = log_sum == inf;
+  const V g = d_log_prob ? load_part(d_log_prob + at, n) : zero, h = d_entropy ? load_part(d_entropy + at, n) : zero;
+  const V entropy = d_entropy ? load_part(tile.entropy + at, n) : zero, inverse = V::load(l.inverse_temperature + at);
+  const V action = V::load(l.action_lane + at), at_action = g * inverse;
+  alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
+  bool skip[kLanes];
+  const bool any_skip = any(dead);
+  for (int64_t i = 0; any_skip && i < n; ++i) skip[i] = tile.log_sum[at + i] == std::numeric_limits<T>::infinity();
+  read_lanes(c.logits, first + at, n, any_skip ? skip : nullptr, z);
+  if (masked) read_mask_lanes(c.action_mask, l.mask_row + at, n, any_skip ? skip : nullptr, mask);
+  for (int64_t j = 0; j < width; ++j) {
+    V d = softmax_grad(V::load(z + j * kLanes), shift, log_sum, entropy, inverse, g, h);
+    d = select(action == V(static_cast<T>(j)), d + at_action, d);
+    if (masked) d = select(V::load(mask + j * kLanes) != zero, d, zero);
+    if (any_skip) d = select(dead, zero, d);
+    d.store(z + j * kLanes);
+  }
+  write_lanes(d_logits, first + at, n, z);
+}
+
+// One long row, chunk by chunk: one pass over memory. Sums are relative to the largest logit so far, in double.
+template <class T>
+struct RowSums {
+  T largest = -std::numeric_limits<T>::infinity();
+  double sum = 0, weighted = 0;
+
+  // The chunk is padded with -inf.
+  void add(const T* z, int64_t n, T inverse_temperature) {
+    using V = Vec<T>;
+    V top[4] = {V(largest), V(largest), V(largest), V(largest)};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+      _Pragma("GCC unroll 4") for (int k = 0; k < 4; ++k) {
+        top[k] = larger_or_second(V::load(z + j + k * kLanes), top[k]);
+      }
+    }
+    for (; j < n; j += kLanes) top[0] = larger_or_second(V::load(z + j), top[0]);
+    const V both = larger_or_second(larger_or_second(top[0], top[1]), larger_or_second(top[2], top[3]));
+    const T now = fold(both, [](T a, T b) { return a > b ? a : b; });
+    if (now > largest && sum != 0) {
+      const double step = (static_cast<double>(largest) - now) * inverse_temperature;
+      const double u = std::max(step, softmax_floor<double>());
+      alignas(64) double e[kLanes];
+      exp_floored(Vec<double>(u)).store(e);
+      weighted = e[0] * (weighted + u * sum);
+      sum *= e[0];
+    }
+    largest = now;
+    const V shift(now == -std::numeric_limits<T>::infinity() ? T(0) : now), inverse(inverse_temperature);
+    V s[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))}, w[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
+    for (j = 0; j + 4 * kLanes <= n; j += 4 * kLanes) {
+      _Pragma("GCC unroll 4") for (int k = 0; k < 4; ++k) {
+        const V u = softmax_exponent(V::load(z + j + k * kLanes), shift, inverse), e = exp_floored(u);
+        s[k] = s[k] + e;
+        w[k] = w[k] + e * u;
+      }
+    }
+    for (; j < n; j += kLanes) {
+      const V u = softmax_exponent(V::load(z + j), shift, inverse), e = exp_floored(u);
+      s[0] = s[0] + e;
+      w[0] = w[0] + e * u;
+    }
+    sum += sum_of_lanes((s[0] + s[1]) + (s[2] + s[3]));
+    weighted += sum_of_lanes((w[0] + w[1]) + (w[2] + w[3]));
+  }
+};
+
+template <class T>
+inline const T* masked_chunk(const Categorical& c, int64_t offset, int64_t mask_offset, int64_t j, int64_t n, T* z,
+                             T* mask) {
+  using V = Vec<T>;
+  const V inf(std::numeric_limits<T>::infinity());
+  const T* chunk = read_chunk(c.logits, offset, j, n, -std::numeric_limits<T>::infinity(), z);
+  if (!c.action_mask.lead.data) return chunk;
+  read_mask_chunk(c.action_mask, mask_offset, j, n, mask);
+  for (int64_t k = 0; k < n; k += kLanes) select(V::load(mask + k) != V(T(0)), V::load(chunk + k), -inf).store(z + k);
+  return z;
+}
+
+inline void prefetch_chunk(const Rows& x, int64_t offset, int64_t first) {
+  const int64_t size = size_of(x.lead.dtype), n = std::min(kChunk, x.width - first);
+  const char* from = static_cast<const char*>(x.lead.data) + (offset + first) * size;
+  if (x.stride != 1) return;
+  for (int64_t b = 0; b < n * size; b += 64) __builtin_prefetch(from + b);
+}
+
+template <class T>
+inline void row_forward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t i,
+                        const CategoricalTile<T>& out, double* sum, double* weighted) {
+  const T inf = std::numeric_limits<T>::infinity();
+  RowSums<T> sums;
+  if (!l.skip[i]) {
+    alignas(64) T z[kChunk], mask[kChunk];
+    const int64_t width = c.logits.width, offset = offset_of(c.logits.lead, first + i), action = l.action[i];
+    const int64_t mask_offset = c.action_mask.lead.data ? offset_of(c.action_mask.lead, l.mask_row[i]) : 0;
+    for (int64_t j = 0; j < width; j += kChunk) {
+      const int64_t n = std::min(kChunk, width - j);
+      const T* chunk = masked_chunk(c, offset, mask_offset, j, n, z, mask);
+      if (j + kChunk < width) prefetch_chunk(c.logits, offset, j + kChunk);
+      if (action >= j && action < j + n) out.log_prob[i] = chunk[action - j];  // for now its logit
+      sums.add(chunk, padded(n), l.inverse_temperature[i]);
+    }
+  }
+  if (sums.sum == 0) {
+    out.log_prob[i] = T(0), out.shift[i] = T(0), out.log_sum[i] = inf;
+  } else {
+    out.log_prob[i] = (out.log_prob[i] - sums.largest) * l.inverse_temperature[i], out.shift[i] = sums.largest;
+    out.log_sum[i] = T(0);
+  }
+  sum[i] = sums.sum, weighted[i] = sums.weighted;
+}
+
+template <class T>
+inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t i,
+                         const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy, const Rows& d_logits,
+                         bool past_cache) {
+  using V = Vec<T>;
+  const T inf = std::numeric_limits<T>::infinity();
+  const int64_t width = c.logits.width, offset = offset_of(c.logits.lead, first + i), action = l.action[i];
+  const int64_t to = offset_of(d_logits.lead, first + i);
+  const bool masked = c.action_mask.lead.data, dead = tile.log_sum[i] == inf;
+  const int64_t mask_offset = masked ? offset_of(c.action_mask.lead, l.mask_row[i]) : 0;
+  const T g = d_log_prob ? d_log_prob[i] : T(0), h = d_entropy ? d_entropy[i] : T(0);
+  const V entropy(d_entropy ? tile.entropy[i] : T(0)), shift(tile.shift[i]), log_sum(tile.log_sum[i]);
+  const V inverse(l.inverse_temperature[i]);
+  alignas(64) T z[kChunk], mask[kChunk], d[kChunk];
+  if (dead) std::fill(d, d + kChunk, T(0));
+  for (int64_t j = 0; j < width; j += kChunk) {
+    const int64_t n = std::min(kChunk, width - j);
+    if (!dead) {
+      const T* chunk = masked_chunk(c, offset, mask_offset, j, n, z, mask);
+      if (j + kChunk < width) prefetch_chunk(c.logits, offset, j + kChunk);
+      for (int64_t k = 0; k < n; k += kLanes) {
+        softmax_grad(V::load(chunk + k), shift, log_sum, entropy, inverse, V(g), V(h)).store(d + k);
+      }
+      const int64_t a = action - j;
+      if (a >= 0 && a < n) d[a] += g * l.inverse_temperature[i];
+      if (masked) {
+        for (int64_t k = 0; k < n; k += kLanes) {
+          select(V::load(mask + k) != V(T(0)), V::load(d + k), V(T(0))).store(d + k);
+        }
+      }
+    }
+    write_chunk(d_logits, to, j, n, past_cache, d);
+  }
+}
+
+// Forward of rows [first, first + n). `index`: nullptr, or the row of actions and action_mask that row first + i takes.
+// `valid`: nullptr, or 0 where a row is not read and gives 0. `offence` notes the first row whose action is not in
+// [0, A); such a row gives 0.
+template <class T>
+inline void categorical_forward(const Categorical& c, int64_t first, int64_t n, const int64_t* index, const T* valid,
+                                const CategoricalTile<T>& out, Offence& offence) {
+  CategoricalLabels<T> labels(c, first, n, index, valid);
+  labels.check(first, n, c.logits.width, offence);
+  if (c.logits.width <= kRowsInLanes) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      lanes_forward(c, labels, first, i, std::min<int64_t>(kLanes, n - i), out);
+    }
+    return;
+  }
+  using W = Vec<double>;
+  alignas(64) double sum[kRowTile], weighted[kRowTile];
+  for (int64_t i = 0; i < n; ++i) row_forward(c, labels, first, i, out, sum, weighted);
+  for (int64_t i = n; i < padded(n); ++i) sum[i] = 1, weighted[i] = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const W s = W::load(sum + i), log_sum = log_of(s);
+    softmax_entropy(log_sum, s, W::load(weighted + i)).store(weighted + i);
+    log_sum.store(sum + i);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool dead = out.log_sum[i] != T(0);
+    if (out.entropy) out.entropy[i] = dead ? T(0) : static_cast<T>(weighted[i]);
+    if (dead) continue;
+    out.log_prob[i] = static_cast<T>(out.log_prob[i] - sum[i]);
+    out.log_sum[i] = static_cast<T>(sum[i]);
+  }
+}
+
+// Gradient of Σ d_log_prob·log_prob + d_entropy·entropy (either nullptr: 0) with respect to the logits of the same rows,
+// in the dtype of d_logits, which may be the logits' own memory. past_cache: the result is too large to stay cached.
+template <class T>
+inline void categorical_backward(const Categorical& c, int64_t first, int64_t n, const int64_t* index,
+                                 const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy,
+                                 const Rows& d_logits, bool past_cache) {
+  const CategoricalLabels<T> labels(c, first, n, index, nullptr);
+  if (c.logits.width <= kRowsInLanes) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      lanes_backward(c, labels, first, i, std::min<int64_t>(kLanes, n - i), tile, d_log_prob, d_entropy, d_logits);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    row_backward(c, labels, first, i, tile, d_log_prob, d_entropy, d_logits, past_cache);
+  }
+  if (past_cache) finish_past_cache();
+}
+
+// Whether a gradient of n rows is larger than what a cache would keep.
+inline bool is_past_cache(const Rows& d_logits, int64_t n) {
+  return n * d_logits.width * size_of(d_logits.lead.dtype) > (int64_t{1} << 23);
+}
+
+}  // namespace PF_ISA
+}  // namespace pf

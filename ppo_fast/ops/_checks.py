@@ -1,0 +1,43 @@
+"""What the log-prob ops share in Python: checks, options and the way through autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .._autograd import differentiable
+from ._loss import compute_dtype, constants
+
+__all__ = ["compute_dtype", "constants", "gradients_by_reference", "needs_grad", "same_shape", "takes_kernel"]
+
+
+def takes_kernel(op: str, *inputs: Tensor | None) -> bool:
+    """Whether the kernels run the call: not if any of its tensors is one that only torch understands."""
+    return all([_backend.takes_kernel(op, x) for x in inputs if x is not None])
+
+
+def needs_grad(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def same_shape(op: str, shape: torch.Size, like: str, **tensors: Tensor | None) -> None:
+    """For the reference, what the bindings check for the kernels."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name} must be {like} = {list(shape)}, got {list(x.shape)}")
+
+
+def gradients_by_reference(function, inputs, grad_outputs) -> list[Tensor | None]:
+    """Gradients of `inputs` that can be differentiated again; function(*inputs) -> outputs, as many as grad_outputs."""
+    used = [i for i, g in enumerate(grad_outputs) if g is not None]
+
+    def outputs(*inputs):
+        found = function(*inputs)
+        return [found[i] for i in used]
+
+    return differentiable(outputs, inputs, [grad_outputs[i] for i in used])

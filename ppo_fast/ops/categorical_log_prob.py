@@ -1,0 +1,220 @@
+"""Log-probability and entropy of a categorical distribution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _library, reference
+from . import _checks
+
+_OP = "categorical_log_prob"
+
+
+def categorical_log_prob(
+    logits: Tensor,
+    actions: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    action_mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    entropy: bool = True,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of the action taken and entropy of softmax(logits / temperature), in one pass over the logits.
+
+    Formula, with z = logits / temperature, p = softmax(z)::
+
+        log_prob = z[action] - log Σ exp(z)        entropy = -Σ p·log p,  0·log 0 = 0
+
+    Args:
+        logits: [..., A], float32, float64, bfloat16 or float16, any strides (`logits[:, :-1]` is not copied). Gradient.
+        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A.
+        temperature: > 0, a number or a floating tensor [...] (one per row) or []; no gradient. Divides in the compute
+            dtype, once, and shapes the entropy too.
+        action_mask: [..., A], bool, integer or floating; where 0 the action has probability 0 and gets no gradient, and
+            its logit is not used.
+        ignore_index: rows with this action are not read and give log_prob 0, entropy 0 and gradient 0.
+        entropy: False returns None in its place.
+        inplace_backward: the backward writes the gradient over the logits, which saves memory of their size. They must
+            be the result of an operation (not a leaf), and their elements must not share memory. Whoever else saved the
+            logits for a backward that comes later gets torch's own error. Without effect under torch.compile.
+
+    Returns:
+        (log_prob, entropy): [...], nats, float32 (float64 for float64 logits).
+
+    Special rows: a logit of -inf is an action of probability 0; a row without any possible action gives 0, 0 and
+    gradient 0; NaN or +inf in a logit that is not masked makes the row NaN.
+
+    Gradient: d logits = (g_log_prob·(1[action] - p) - g_entropy·p·(log p + entropy))/temperature, in the dtype of the
+    logits. Double backward goes through the reference.
+
+    Errors: TypeError for a dtype; ValueError for a shape, a temperature <= 0, an action out of range, a constant that
+    requires a gradient, or inplace_backward where it is not safe.
+
+    Cost: forward reads the logits once; backward reads them once and writes the gradient once; 4 numbers a row are kept.
+    A row's result has the same bits whatever else is in the batch, on any number of threads.
+    """
+    temperature, rows = _temperature(temperature, logits, actions)
+    _checks.constants(_OP, actions=actions, temperature=rows, action_mask=action_mask)
+    options = (action_mask, rows, temperature, ignore_index)
+    if torch.compiler.is_compiling():
+        log_prob, h, _ = _op(logits, actions, *options, entropy)
+        return log_prob, h if entropy else None
+    if not _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
+        _check_shapes(logits, actions, action_mask)
+        return _reference(logits, actions, *options, entropy)
+    if not _checks.needs_grad(logits):
+        return _forward(logits, actions, *options, entropy)[:2]
+    if inplace_backward:
+        _check_inplace(logits)
+    return _Function.apply(logits, actions, *options, entropy, inplace_backward)
+
+
+def _temperature(temperature: float | Tensor, logits: Tensor, actions: Tensor) -> tuple[float, Tensor | None]:
+    """As a number, or one per row."""
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature if temperature.ndim else temperature.expand(actions.shape)
+    if not (isinstance(temperature, (int, float)) and temperature > 0 and temperature < math.inf):
+        raise ValueError(f"{_OP}: temperature must be a finite number > 0 or a tensor, got {temperature!r}")
+    return float(temperature), None
+
+
+def _check_shapes(logits: Tensor, actions: Tensor, action_mask: Tensor | None) -> None:
+    _checks.same_shape(_OP, logits.shape[:-1], "the shape of the rows", actions=actions)
+    _checks.same_shape(_OP, logits.shape, "the shape of logits", action_mask=action_mask)
+
+
+def _check_inplace(logits: Tensor) -> None:
+    base = logits._base if logits._is_view() else logits
+    if logits.is_leaf or (base.is_leaf and base.requires_grad):
+        raise ValueError(f"{_OP}: inplace_backward must not be used on a leaf that requires a gradient, or a view of one")
+    if _backend._C.has_overlap(logits.detach()):
+        raise ValueError(f"{_OP}: inplace_backward must not be used on logits whose elements share memory")
+
+
+def _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
+    return reference.categorical_log_prob(
+        logits, actions, temperature=temperature if rows is None else rows, action_mask=action_mask,
+        ignore_index=ignore_index, entropy=entropy,
+    )  # fmt: skip
+
+
+def _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
+    """(log_prob, entropy or None, what the backward needs)."""
+    dtype, lead = _checks.compute_dtype(logits), logits.shape[:-1]
+    log_prob = torch.empty(lead, dtype=dtype)
+    h = torch.empty(lead, dtype=dtype) if entropy else None
+    saved = torch.empty((2, log_prob.numel()), dtype=dtype)
+    _backend._C.categorical_log_prob(
+        logits, actions, action_mask, rows, temperature, ignore_index, log_prob, h, saved, torch.get_num_threads()
+    )
+    return log_prob, h, saved
+
+
+def _backward(logits, actions, action_mask, rows, temperature, entropy, saved, d_log_prob, d_entropy, d_logits):
+    _backend._C.categorical_log_prob_backward(
+        logits, actions, action_mask, rows, temperature, entropy, saved, d_log_prob, d_entropy, d_logits,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return d_logits
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, actions, action_mask, rows, temperature, ignore_index, entropy, inplace):
+        log_prob, h, saved = _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+        ctx.save_for_backward(logits, actions, action_mask, rows, h, saved)
+        ctx.options = (temperature, ignore_index, entropy, inplace)
+        ctx.set_materialize_grads(False)
+        return log_prob, h
+
+    @staticmethod
+    def backward(ctx, d_log_prob, d_entropy):
+        logits, actions, action_mask, rows, h, saved = ctx.saved_tensors
+        temperature, ignore_index, entropy, inplace = ctx.options
+        rest = (None,) * 7
+        if d_log_prob is None and d_entropy is None:
+            return None, *rest
+        if torch.is_grad_enabled():  # create_graph: only the reference can be differentiated once more
+
+            def specification(logits):
+                return _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+
+            return *_checks.gradients_by_reference(specification, (logits,), (d_log_prob, d_entropy)), *rest
+        if inplace:
+            d_logits = logits.detach()
+            torch.autograd.graph.increment_version(logits)
+        else:
+            d_logits = torch.empty(logits.shape, dtype=logits.dtype)
+        _backward(logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits)
+        return d_logits, *rest
+
+
+# --- under torch.compile ----------------------------------------------------------------------------------------------
+
+
+def _kernel(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
+    if _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
+        log_prob, h, saved = _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+    else:
+        log_prob, h = _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+        saved = log_prob.new_empty((2, log_prob.numel()))
+    return log_prob, _library.placeholder(log_prob) if h is None else h, saved
+
+
+def _fake(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
+    dtype, lead = _checks.compute_dtype(logits), logits.shape[:-1]
+    log_prob = logits.new_empty(lead, dtype=dtype)
+    h = logits.new_empty(lead if entropy else 0, dtype=dtype)
+    return log_prob, h, logits.new_empty((2, log_prob.numel()), dtype=dtype)
+
+
+def _backward_kernel(
+    logits, actions, action_mask, rows, temperature, ignore_index, entropy, h, saved, d_log_prob, d_entropy
+):
+    if _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
+        d_logits = torch.empty(logits.shape, dtype=logits.dtype)
+        h, d_entropy = (h, d_entropy) if entropy else (None, None)
+        return _backward(logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits)
+
+    def specification(logits):
+        return _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+
+    with torch.enable_grad():
+        grads = (d_log_prob, d_entropy if entropy else None)
+        leaf = logits.detach().requires_grad_()
+        return _checks.gradients_by_reference(specification, (leaf,), grads)[0].detach()
+
+
+def _backward_fake(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, actions, action_mask, rows, *ctx.options = inputs
+    ctx.save_for_backward(logits, actions, action_mask, rows, *output[1:])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(ctx, d_log_prob, d_entropy, _):
+    logits, actions, action_mask, rows, h, saved = ctx.saved_tensors
+    d_logits = _backward_op(logits, actions, action_mask, rows, *ctx.options, h, saved, d_log_prob, d_entropy)
+    return d_logits, *([None] * 6)
+
+
+_INPUTS = (
+    "Tensor logits, Tensor actions, Tensor? action_mask, Tensor? temperature_rows, float temperature, "
+    "int? ignore_index, bool entropy"
+)
+_backward_op = _library.define(
+    f"{_OP}_backward",
+    f"({_INPUTS}, Tensor h, Tensor saved, Tensor? d_log_prob, Tensor? d_entropy) -> Tensor",
+    _backward_kernel,
+    _backward_fake,
+)
+_op = _library.define(
+    _OP, f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", _kernel, _fake, _setup_context, _autograd
+)
