@@ -1,0 +1,71 @@
+"""Writes ppo_fast/_C.pyi from the built module: python tests/stubs.py. test_packaging.py holds the file to it.
+
+Types come from the signatures that pybind11 wrote, names from the bindings in csrc/bind (they are positional).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STUB = ROOT / "ppo_fast" / "_C.pyi"
+TYPES = {
+    "object": "Array",
+    "typing.SupportsFloat | typing.SupportsIndex": "float",
+    "typing.SupportsInt | typing.SupportsIndex": "int",
+    "ppo_fast._C.LossParams": "LossParams",
+}
+HEAD = '''# Written by tests/stubs.py from the built module.
+from typing import Any, TypeAlias
+
+#: A tensor of any library that speaks DLPack, on the CPU; None where the op does without.
+Array: TypeAlias = Any
+
+#: Names of the statistics, in order; ppo_fast.config.STATS is the same.
+STATS: tuple[str, ...]
+
+class LossParams:
+    """A LossConfig as C++ has it."""
+
+    def __init__(self, numbers: tuple, choices: tuple) -> None: ...
+
+'''
+
+
+def names_in_csrc() -> dict[str, list[str]]:
+    """Op -> the names of its arguments, as the bound lambda has them."""
+    found = {}
+    for file in sorted((ROOT / "csrc" / "bind").glob("*.h")):
+        for op, arguments in re.findall(r'm\.def\(\s*"(\w+)",\s*\[\]\((.*?)\)\s*\{', file.read_text(), re.S):
+            found[op] = [a.split()[-1].strip("&*_") for a in arguments.split(",")]
+    return found
+
+
+def stub(module) -> str:
+    names, lines = names_in_csrc(), []
+    for op in sorted(x for x in dir(module) if not x.startswith("_") and callable(getattr(module, x))):
+        if op == "LossParams":
+            continue
+        signature, *rest = getattr(module, op).__doc__.strip().splitlines()
+        arguments, result = re.fullmatch(rf"{op}\((.*)\) -> (.*)", signature).groups()
+        pairs = [a.split(": ", 1) for a in arguments.split(", ")] if arguments else []
+        if pairs and all(re.fullmatch(r"arg\d+", name) for name, _ in pairs):
+            if op in names:
+                pairs = [[name, kind] for name, (_, kind) in zip(names[op], pairs, strict=True)]
+            pairs.append(["/", ""])
+        text = [name + (f": {TYPES.get(kind, kind)}" if kind else "") for name, kind in pairs]
+        line = f"def {op}({', '.join(text)}) -> {TYPES.get(result, result)}:"
+        if len(line) > 116:
+            line = f"def {op}(\n    " + ",\n    ".join(text) + f",\n) -> {TYPES.get(result, result)}:"
+        doc = [r for r in rest if r.strip()]
+        lines.append(f'{line}\n    """{doc[0].strip()}"""\n' if doc else f"{line} ...")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    import torch  # noqa: F401  (first, so that both share one OpenMP pool)
+
+    from ppo_fast import _C
+
+    STUB.write_text(stub(_C))
