@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from trainer_worlds import Both, Push, Walk
+from gymnasium.vector import SyncVectorEnv
+from trainer_worlds import Both, Guess, Push, Walk
 
 from ppo_fast.trainer.control import ControlConfig, Trainer
-from ppo_fast.trainer.envs import episode_seed
+from ppo_fast.trainer.envs import AUTORESET, ReplayEnv, SerialVectorEnv, episode_seed
 from ppo_fast.trainer.normalize import RunningMoments
 
 SMALL = {"num_envs": 3, "num_steps": 23, "total_timesteps": 690, "hidden_sizes": (8,), "num_minibatches": 3}
@@ -198,3 +199,34 @@ def test_final_value_is_of_the_final_observation_not_of_the_reset():
         expected = t.collector.rewards[i, 0] + 0.5 * after - v
         assert float(batch.advantages[i]) == pytest.approx(expected, rel=1e-5)
         assert abs(after - reset) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make_env", [Walk, lambda: Guess((3, 2), masked=True)])
+def test_the_lean_vector_step_returns_what_gymnasium_returns(mode, make_env):
+    lean, gymnasium = (
+        kind([lambda i=i: ReplayEnv(make_env(), 5, i) for i in range(3)], autoreset_mode=AUTORESET[mode])
+        for kind in (SerialVectorEnv, SyncVectorEnv)
+    )
+    assert_same(lean.reset(), gymnasium.reset())
+    lean.action_space.seed(0)
+    for _ in range(60):
+        actions = lean.action_space.sample()
+        if hasattr(lean.envs[0].unwrapped, "right"):
+            actions = np.array([env.unwrapped.right for env in lean.envs])
+        assert_same(lean.step(actions), gymnasium.step(actions))
+
+
+def assert_same(a, b):
+    if isinstance(a, tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, np.ndarray) and a.dtype.hasobject:
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        np.testing.assert_array_equal(a, b)

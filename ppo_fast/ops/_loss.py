@@ -58,7 +58,7 @@ class Loss:
         if not (_backend.compiles_kernel(first) if compiling else _backend.takes_kernel(self.name, first)):
             self._check_streams(shape, config, inputs, rollout, index)
             return specification(config, *inputs)
-        w, count, total = weighting(config, shape, first, rollout, denominator, cu_seqlens, index)
+        w, count, total = weighting(self.name, config, shape, first, rollout, denominator, cu_seqlens, index)
         rollout = (*rollout[:-1], w, count, total)
         if compiling:
             loss, stats, *_ = self.op(*inputs, *extra, *rollout, config.numbers_vector, *config.choices())
@@ -169,7 +169,21 @@ def constants(op: str, **tensors: Tensor | None) -> None:
                 raise ValueError(f"{op}: {name} gets no gradient but requires one; detach it or use torch.no_grad()")
 
 
+def taken(op: str, stored: Tensor, index: Tensor) -> Tensor:
+    """Rows of the rollout; indices out of range are named as the bindings do."""
+    if index.is_floating_point() or index.dtype == torch.bool:
+        raise TypeError(f"{op}: index must be an integer type, got {str(index.dtype)[6:]}")
+    n = stored.numel()
+    if not torch.compiler.is_compiling() and index.numel() > 0:
+        least, most = index.min().item(), index.max().item()
+        if least < 0 or most >= n:
+            worst = least if least < 0 else most
+            raise ValueError(f"{op}: index must be in [0, {n}), the elements of the rollout, got {worst}")
+    return stored.reshape(-1)[index.long()]
+
+
 def weighting(
+    op: str,
     config: LossConfig,
     shape: torch.Size,
     like: Tensor,
@@ -180,15 +194,15 @@ def weighting(
 ) -> tuple[Tensor | None, float, bool]:
     """(weights, denominator or NaN, whether nothing else is divided): what kernels take for a reduction."""
     *_, mask, weights = rollout
-    if index is not None and weights is not None:
-        weights = weights.reshape(-1)[index.long()]  # kernels take weights per element of the minibatch
+    if index is not None and weights is not None:  # kernels take weights per element of the minibatch
+        weights = taken(op, weights, index)
     plain = weights is not None or config.reduction in ("token-mean", "sum")
     if plain and denominator is None:
         return weights, math.nan, weights is not None or config.reduction == "sum"
     if plain and not isinstance(denominator, Tensor):
         return weights, float(denominator), True  # type: ignore[arg-type]
     if index is not None and mask is not None:
-        mask = mask.reshape(-1)[index.long()]
+        mask = taken(op, mask, index)
     valid = None if mask is None else mask != 0
     element = torch.empty((), dtype=compute_dtype(like), device=like.device).expand(shape)
     return token_weights(element, valid, config.reduction, weights, denominator, cu_seqlens), math.nan, True
