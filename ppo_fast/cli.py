@@ -111,8 +111,11 @@ def bench(args: Sequence[str]) -> int:
         raise UsageError(
             f'bench: expected the benchmark and its packages, pip install "ppo_fast[bench]" ({error})'
         ) from None
-    run(_parse(BenchConfig, args, f"{PROG} bench", BenchConfig()))
-    return 0
+    try:
+        config = _parse(BenchConfig, args, f"{PROG} bench", BenchConfig())
+    except ValueError as error:  # what its __post_init__ says
+        raise UsageError(f"bench: {error}") from None
+    return int(run(config) or 0)
 
 
 def doctor(args: Sequence[str]) -> int:

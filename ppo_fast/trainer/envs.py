@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from .config import ControlConfig
@@ -117,6 +118,32 @@ def _unknown(env_id: str, error: Exception) -> UserError:
     )
 
 
+class SerialVectorEnv(SyncVectorEnv):
+    """gymnasium's SyncVectorEnv with a `step` for array observations that leaves out what the trainer does not use.
+
+    Same results: the generic conversions of actions and observations cost a third of a step of CartPole.
+    """
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        same_step = self.autoreset_mode == AutoresetMode.SAME_STEP
+        infos: dict[str, Any] = {}
+        for i, env in enumerate(self.envs):
+            if self._autoreset_envs[i] and not same_step:
+                obs, info = env.reset()
+                self._rewards[i], self._terminations[i], self._truncations[i] = 0.0, False, False
+            else:
+                obs, self._rewards[i], terminated, truncated, info = env.step(actions[i])
+                self._terminations[i], self._truncations[i] = terminated, truncated
+                if same_step and (terminated or truncated):
+                    infos = self._add_info(infos, {"final_obs": obs, "final_info": info}, i)
+                    obs, info = env.reset()
+            self._observations[i] = obs
+            if info:
+                infos = self._add_info(infos, info, i)
+        self._autoreset_envs = self._terminations | self._truncations
+        return self._observations, self._rewards, self._terminations, self._truncations, infos
+
+
 def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorEnv:
     """The vector environment of a run; `make_env` overrides `config.env_id`."""
 
@@ -129,9 +156,11 @@ def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorE
 
         return make
 
-    factory(0)().close()  # errors of making one come from here, with their message, not out of a worker
+    first = factory(0)()  # errors of making one come from here, with their message, not out of a worker
+    plain = isinstance(first.observation_space, (spaces.Box, spaces.Discrete))
+    first.close()
     factories = [factory(i) for i in range(config.num_envs)]
     mode = AUTORESET[config.autoreset]
     if config.vectorization == "async":
         return AsyncVectorEnv(factories, copy=False, autoreset_mode=mode)
-    return SyncVectorEnv(factories, copy=False, autoreset_mode=mode)
+    return (SerialVectorEnv if plain else SyncVectorEnv)(factories, copy=False, autoreset_mode=mode)
