@@ -101,8 +101,10 @@ inline int64_t block_size(int64_t n, int64_t tile, int64_t least) {
 // Runs f(first, n, partial) over the tiles, in parallel over blocks, and merges the partials in order.
 template <class Partial, class F>
 inline Partial over_tiles(int64_t n, int64_t tile, int threads, F&& f) {
-  Partial partial[kMaxBlocks];
   const int64_t size = block_size(n, tile, 16 * tile), blocks = (n + size - 1) / size;
+  alignas(Partial) unsigned char storage[kMaxBlocks * sizeof(Partial)];  // started block by block: most calls have one
+  Partial* partial = reinterpret_cast<Partial*>(storage);
+  for (int64_t b = 0; b == 0 || b < blocks; ++b) new (partial + b) Partial;
   for_blocks(blocks, threads, [&](int64_t b) {
     const int64_t end = std::min(n, (b + 1) * size);
     for (int64_t i = b * size; i < end; i += tile) f(i, std::min(tile, end - i), partial[b]);
