@@ -6,15 +6,18 @@ only ratios within one run are reported. A number is refused where the op's resu
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 OURS, COPY = "ours", "copy"
 #: Every provider that an op file may name, and how tables call it.
@@ -121,6 +124,7 @@ class Row:
     status: str = "ok"  # "ok", "left out", "failed", "differs" (a peer's), "parity failed" (ours)
     note: str = ""
     error: float | None = None  # against float64, relative to the largest magnitude; the worst output
+    peak_bytes: int | None = None  # most that one call held of torch's memory beside its inputs; None: not torch's
     calls: int = 0
     p20: float = 0.0  # seconds
     p50: float = 0.0
@@ -242,6 +246,8 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
         except Exception as error:  # a peer that breaks is a line in the table, not the end of the run
             row.status, row.note = "failed", f"{type(error).__name__}: {error}".partition("\n")[0]
             continue
+        if not p.single_thread:
+            row.peak_bytes = peak_memory(p)
         row.error = max((deviation(x, truth[k]) for k, x in results[p.name].items() if k in truth), default=None)
         if p.name != OURS and row.error is not None and row.error > SOMETHING_ELSE:
             row.status, row.note = "differs", "computes something else"
@@ -268,6 +274,31 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
         if OURS in samples:
             row.ours_faster = row.p50 / samples[OURS].quantile(0.5)
     return rows
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """No stderr, not even that of C++: the profiler announces itself there, in the middle of a progress bar."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def peak_memory(provider: Provider) -> int:
+    """Most bytes allocated at once during one call, results and gradients included, by torch's own allocator."""
+    if provider.prepare is not None:
+        provider.prepare()
+    with silent(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = provider.run()
+    del result
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((n for _, n in changes), initial=0))
 
 
 class Watch:

@@ -18,7 +18,8 @@ SHORT_MODE = {"forward": "fwd", "forward + backward": "fwd + bwd"}
 
 COLUMNS = (
     "op", "case", "shape", "dtype", "mode", "threads", "provider", "status", "note", "calls", "p20_us", "p50_us",
-    "p80_us", "bytes", "flops", "gb_per_s", "copy_share", "ours_faster", "error", "others_cores",
+    "p80_us", "bytes", "flops", "gb_per_s", "copy_share", "ours_faster", "error", "peak_bytes",
+    "others_cores",
 )  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def op_table(op: str, groups: list[tuple[Case, list[Row]]], wide: bool = True) -
         time = f"{n} thread{'s' if n > 1 else ''}\nµs"
         for head in (time, "\nspread", "\nGB/s", "of\ncopy", "ours\nis") if wide else (time, "of\ncopy", "ours\nis"):
             table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("\nerror", justify="right", no_wrap=True)
+    for head in ("peak\nMB", "\nerror") if wide else ("\nerror",):
+        table.add_column(head, justify="right", no_wrap=True)
     for case, rows in groups:
         head = f"{list(case.shape)} {SHORT[case.dtype]} {SHORT_MODE[case.mode]}"
         table.add_row(Text(head, style="bold cyan"))
@@ -86,7 +88,9 @@ def op_table(op: str, groups: list[tuple[Case, list[Row]]], wide: bool = True) -
             style = "green" if provider == OURS else "dim" if provider == COPY else ""
             cells = [cell for n in threads for cell in _cells(mine.get(n), wide)]
             error = f"{max(errors):.0e}" if errors else ""
-            table.add_row(f"  {LABELS[provider]}", *cells, error, style=style)
+            peaks = [row.peak_bytes for row in mine.values() if row.peak_bytes is not None]
+            peak = [f"{max(peaks) / 1e6:.3g}" if peaks else ""] if wide else []
+            table.add_row(f"  {LABELS[provider]}", *cells, *peak, error, style=style)
     return table
 
 
@@ -96,7 +100,8 @@ def _notes(rows: list[Row]) -> dict[str, list[str]]:
     for row in rows:
         if row.note:
             note = row.note if row.status == "ok" else f"{row.status}: {row.note}"
-            who = LABELS[row.provider] + ("" if row.status == "ok" else f" in {row.case.name}")
+            where = {"ok": "", "left out": f" in {row.case.op}"}.get(row.status, f" in {row.case.name}")
+            who = LABELS[row.provider] + where
             notes.setdefault(note, {})[who] = None
     return {note: list(who) for note, who in notes.items()}
 
@@ -135,7 +140,8 @@ def print_table(rows: list[Row], facts: dict[str, str], console: Console | None 
                   f"torch {facts['torch']}, python {facts['python']}; commit {facts['commit']}, {facts['date']}")  # fmt: skip
     console.print(
         "Medians; spread: half of p20 to p80. GB/s: the floor's bytes over the time. of copy: share of the bandwidth of\n"
-        "torch's copy_ of as many bytes. ours is: so many times faster than this. error: against float64, relative.\n",
+        "torch's copy_ of as many bytes. ours is: so many times faster than this. peak: memory of one call beside its\n"
+        "inputs. error: against float64, relative.\n",
         style="dim",
     )
     wide = console.width >= 115
@@ -169,6 +175,7 @@ def write_csv(rows: list[Row], facts: dict[str, str], path: Path) -> None:
                 "op": r.case.op, "case": r.case.name, "shape": "x".join(map(str, r.case.shape)), "dtype": r.case.dtype,
                 "mode": r.case.mode, "threads": r.threads, "provider": r.provider, "status": r.status, "note": r.note,
                 "calls": r.calls, "bytes": r.case.bytes, "flops": r.case.flops,
+                "peak_bytes": "" if r.peak_bytes is None else r.peak_bytes,
                 "error": "" if r.error is None else f"{r.error:.3e}",
             }  # fmt: skip
             if r.calls:
