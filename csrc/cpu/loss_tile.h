@@ -98,7 +98,7 @@ inline int64_t block_size(int64_t n, int64_t tile, int64_t least) {
   return (size + tile - 1) / tile * tile;
 }
 
-// Runs f(first, n, partial) over the tiles, in parallel over blocks, and merges the partials in order.
+// Runs f(block, first, n, partial) over the tiles, in parallel over blocks, and merges the partials in order.
 template <class Partial, class F>
 inline Partial over_tiles(int64_t n, int64_t tile, int threads, F&& f) {
   const int64_t size = block_size(n, tile, 16 * tile), blocks = (n + size - 1) / size;
@@ -107,7 +107,7 @@ inline Partial over_tiles(int64_t n, int64_t tile, int threads, F&& f) {
   for (int64_t b = 0; b == 0 || b < blocks; ++b) new (partial + b) Partial;
   for_blocks(blocks, threads, [&](int64_t b) {
     const int64_t end = std::min(n, (b + 1) * size);
-    for (int64_t i = b * size; i < end; i += tile) f(i, std::min(tile, end - i), partial[b]);
+    for (int64_t i = b * size; i < end; i += tile) f(b, i, std::min(tile, end - i), partial[b]);
   });
   for (int64_t b = 1; b < blocks; ++b) partial[0].merge(partial[b]);
   return partial[0];
@@ -120,7 +120,7 @@ inline LossScale<T> loss_scale(const LossArgs& a) {
   Moments m;
   m.count = static_cast<double>(a.n);
   if (p.normalize_advantages || (a.mask.data && !a.sum)) {
-    m = over_tiles<Moments>(a.n, kTile, a.threads, [&](int64_t first, int64_t n, Moments& out) {
+    m = over_tiles<Moments>(a.n, kTile, a.threads, [&](int64_t, int64_t first, int64_t n, Moments& out) {
       alignas(64) T x[kTile], mask[kTile];
       int64_t index[kTile];
       const int64_t* at = nullptr;
