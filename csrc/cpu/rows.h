@@ -39,9 +39,12 @@ inline void over_row_tiles(int64_t rows, int64_t width, int threads, F&& f) {
 // --- sixteen rows in the lanes: to[j * kLanes + i] is element j of row i ---------------------------------------------
 
 template <class T>
-using Quad __attribute__((vector_size(4 * sizeof(T)))) = T;
+struct Quads {
+  typedef T Type __attribute__((vector_size(4 * sizeof(T))));
+  typedef T Loose __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
 template <class T>
-using LooseQuad __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
+using Quad = typename Quads<T>::Type;
 
 template <class T>
 PF_INLINE void transpose4(Quad<T>& a, Quad<T>& b, Quad<T>& c, Quad<T>& d) {
@@ -51,44 +54,53 @@ PF_INLINE void transpose4(Quad<T>& a, Quad<T>& b, Quad<T>& c, Quad<T>& d) {
   c = __builtin_shufflevector(ac1, bd1, 0, 4, 1, 5), d = __builtin_shufflevector(ac1, bd1, 2, 6, 3, 7);
 }
 
+template <class T>
+PF_INLINE Quad<T> load_quad(const T* p) {
+  return *reinterpret_cast<const typename Quads<T>::Loose*>(p);
+}
+template <class T>
+PF_INLINE void store_quad(const Quad<T>& q, T* p) {
+  *reinterpret_cast<typename Quads<T>::Loose*>(p) = q;
+}
+
 // Four by four; the last columns are done twice rather than one by one.
 template <class T>
 inline void rows_to_lanes(const T* const* row, int64_t width, T* to) {
+  if (width < 4) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < width; ++j) to[j * kLanes + i] = row[i][j];
+    }
+    return;
+  }
   for (int i = 0; i < kLanes; i += 4) {
+    const T *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
     for (int64_t j = 0; j < width; j += 4) {
-      const int64_t at = width < 4 ? 0 : std::min(j, width - 4);
-      Quad<T> q[4] = {};
-      for (int k = 0; k < 4; ++k) {
-        if (width >= 4) {
-          q[k] = *reinterpret_cast<const LooseQuad<T>*>(row[i + k] + at);
-        } else {
-          std::memcpy(&q[k], row[i + k], width * sizeof(T));
-        }
-      }
-      transpose4<T>(q[0], q[1], q[2], q[3]);
-      for (int k = 0; k < 4 && at + k < width; ++k) {
-        *reinterpret_cast<LooseQuad<T>*>(to + (at + k) * kLanes + i) = q[k];
-      }
+      const int64_t at = std::min(j, width - 4);
+      Quad<T> a = load_quad(r0 + at), b = load_quad(r1 + at), c = load_quad(r2 + at), d = load_quad(r3 + at);
+      transpose4<T>(a, b, c, d);
+      T* lane = to + at * kLanes + i;
+      store_quad(a, lane), store_quad(b, lane + kLanes), store_quad(c, lane + 2 * kLanes);
+      store_quad(d, lane + 3 * kLanes);
     }
   }
 }
 template <class T>
 inline void lanes_to_rows(const T* from, int64_t width, T* const* row) {
+  if (width < 4) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < width; ++j) row[i][j] = from[j * kLanes + i];
+    }
+    return;
+  }
   for (int i = 0; i < kLanes; i += 4) {
+    T *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
     for (int64_t j = 0; j < width; j += 4) {
-      const int64_t at = width < 4 ? 0 : std::min(j, width - 4);
-      Quad<T> q[4] = {};
-      for (int k = 0; k < 4 && at + k < width; ++k) {
-        q[k] = *reinterpret_cast<const LooseQuad<T>*>(from + (at + k) * kLanes + i);
-      }
-      transpose4<T>(q[0], q[1], q[2], q[3]);
-      for (int k = 0; k < 4; ++k) {
-        if (width >= 4) {
-          *reinterpret_cast<LooseQuad<T>*>(row[i + k] + at) = q[k];
-        } else {
-          std::memcpy(row[i + k], &q[k], width * sizeof(T));
-        }
-      }
+      const int64_t at = std::min(j, width - 4);
+      const T* lane = from + at * kLanes + i;
+      Quad<T> a = load_quad(lane), b = load_quad(lane + kLanes), c = load_quad(lane + 2 * kLanes);
+      Quad<T> d = load_quad(lane + 3 * kLanes);
+      transpose4<T>(a, b, c, d);
+      store_quad(a, r0 + at), store_quad(b, r1 + at), store_quad(c, r2 + at), store_quad(d, r3 + at);
     }
   }
 }
