@@ -12,10 +12,11 @@ Public names are those of `__all__`; `help(pf.<name>)` gives formula, shapes, gr
 from ._backend import explain, use_backend
 from .config import LossConfig
 from .ops.categorical_log_prob import categorical_log_prob
+from .ops.normal_log_prob import normal_log_prob
 from .ops.ppo_loss import ppo_loss
 from .outputs import PPOLoss, Stats
 from .reference import (beta_log_prob, bernoulli_log_prob, categorical_ppo_loss,
-                        discounted_returns, gae, multi_categorical_log_prob, normal_log_prob, normal_ppo_loss, vtrace,
+                        discounted_returns, gae, multi_categorical_log_prob, normal_ppo_loss, vtrace,
                         whiten)
 
 __version__ = "0.1.0"

@@ -77,3 +77,22 @@ def assert_refuses(error, words, op, *args, **kwargs):
         op(*args, **kwargs)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+LAYOUTS = ["plain", "sliced", "transposed", "stepped", "expanded", "gaps"]
+
+
+def strided(shape, layout, dtype, scale=3.0):
+    """Random numbers that lie in memory in one of several ways."""
+    *lead, width = shape
+    if layout == "sliced":
+        return (torch.randn(*lead, width + 3) * scale).to(dtype)[..., 1 : width + 1]
+    if layout == "transposed":
+        return (torch.randn(width, *lead) * scale).to(dtype).movedim(0, -1)
+    if layout == "stepped":
+        return (torch.randn(*lead, 2 * width) * scale).to(dtype)[..., ::2]
+    if layout == "expanded":
+        return (torch.randn(width) * scale).to(dtype).expand(shape)
+    if layout == "gaps":
+        return (torch.randn(*[2 * n for n in lead], width) * scale).to(dtype)[tuple(slice(None, None, 2) for _ in lead)]
+    return (torch.randn(shape) * scale).to(dtype)

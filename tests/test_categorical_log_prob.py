@@ -10,6 +10,7 @@ from conftest import assert_as_good, pf
 from hypothesis import given
 from hypothesis import strategies as st
 from log_prob_laws import (
+    LAYOUTS,
     assert_compiles,
     assert_double_backward,
     assert_parity,
@@ -17,31 +18,13 @@ from log_prob_laws import (
     assert_rows_stand_alone,
     assert_same_bits,
     gradients,
+    strided,
 )
 
 from ppo_fast import _C, reference
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTHS = [1, 2, 3, 4, 6, 18, 63, 64, 65, 100, 1024, 1030, 2600]
-
-
-def strided(shape, layout, dtype, scale=3.0):
-    """Random logits that lie in memory in one of several ways."""
-    *lead, width = shape
-    if layout == "sliced":
-        return (torch.randn(*lead, width + 3) * scale).to(dtype)[..., 1 : width + 1]
-    if layout == "transposed":
-        return (torch.randn(width, *lead) * scale).to(dtype).movedim(0, -1)
-    if layout == "stepped":
-        return (torch.randn(*lead, 2 * width) * scale).to(dtype)[..., ::2]
-    if layout == "expanded":
-        return (torch.randn(width) * scale).to(dtype).expand(shape)
-    if layout == "gaps":
-        return (torch.randn(*[2 * n for n in lead], width) * scale).to(dtype)[tuple(slice(None, None, 2) for _ in lead)]
-    return (torch.randn(shape) * scale).to(dtype)
-
-
-LAYOUTS = ["plain", "sliced", "transposed", "stepped", "expanded", "gaps"]
 
 
 @st.composite
@@ -246,7 +229,7 @@ def test_errors():
     assert_refuses(ValueError, ["temperature", "> 0"], op, z, a, temperature=math.nan)
     assert_refuses(ValueError, ["temperature", "[4]"], op, z, a, temperature=torch.ones(5))
     assert_refuses(TypeError, ["actions"], op, z, None)
-    assert_refuses(TypeError, ["logits"], op, [[1.0]], a)
+    assert_refuses(TypeError, ["categorical_log_prob", "list"], op, [[1.0]], a)
     assert_refuses(
         ValueError, ["temperature gets no gradient"], op, z, a, temperature=torch.ones(4, requires_grad=True)
     )

@@ -7,7 +7,7 @@ namespace pf::bind {
 // The distribution of [..., A] logits, every part checked. Shared with categorical_ppo_loss.
 inline Categorical categorical(const Tensor& logits, const Tensor& actions, const Tensor& action_mask,
                                const Tensor& temperature_rows, double temperature, py::handle ignore_index) {
-  check_rows(logits);
+  check_rows(logits, "A");
   const int lead = logits.ndim() - 1;
   actions.required().same_shape(logits, "the shape of the rows", lead);
   action_mask.same_shape(logits, "the shape of logits");

@@ -3,6 +3,7 @@
 
 #include "../cpu/dispatch.h"
 #include "categorical_log_prob.h"
+#include "normal_log_prob.h"
 #include "ppo_loss.h"
 
 namespace py = pybind11;
@@ -35,4 +36,6 @@ PYBIND11_MODULE(_C, m) {
 
   bind_ppo_loss(m);
   bind_categorical_log_prob(m);
+  bind_normal_log_prob(m);
+  m.attr("MAX_ROW_BLOCKS") = pf::kMaxRowBlocks;
 }
