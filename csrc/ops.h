@@ -8,6 +8,7 @@ namespace pf {
 enum class DType : int32_t { f32, f64, bf16, f16, i64, i32, i16, i8, u8, boolean };
 
 constexpr int kMaxDims = 8;
+constexpr int64_t kMaxRowBlocks = 64;  // blocks of rows whose partial sums are merged in order
 
 // A tensor of any strides. Dimensions that strides allow to merge are merged, so most have one. data == nullptr: absent.
 struct Stream {
@@ -123,6 +124,28 @@ struct CategoricalLogProbBackwardArgs {
   int threads;
 };
 
+// n diagonal normals and the action taken from each. A log_std shared by all rows has a lead of stride 0.
+struct Normal {
+  Rows mean, log_std, actions;  // [n, D]
+  bool squash;                  // actions are pre-tanh; the log-prob is that of tanh(actions)
+};
+struct NormalLogProbArgs {
+  Normal dist;
+  int64_t n;
+  void *log_prob, *entropy;  // contiguous, in the compute dtype; entropy: nullptr where not wanted
+  bool is_double;
+  int threads;
+};
+struct NormalLogProbBackwardArgs {
+  Normal dist;
+  int64_t n;
+  Stream d_log_prob, d_entropy;  // absent: 0
+  Rows d_mean, d_log_std;        // in the dtype of the input; absent: not wanted; d_log_std of a shared one: [D]
+  double* sums;                  // [kMaxRowBlocks, D] scratch for d_log_std of a shared one, else nullptr
+  bool is_double;
+  int threads;
+};
+
 // --- losses from a distribution's parameters -------------------------------------------------------------------------
 
 // loss.index gathers actions and action_mask too. d_logits: d loss / d logits, absent where not wanted.
@@ -133,12 +156,23 @@ struct CategoricalPpoLossArgs {
   Offence* offence;
 };
 
+// sums: [kMaxRowBlocks, D] scratch for the gradient [D] of a log_std that all rows share, else nullptr.
+struct NormalPpoLossArgs {
+  LossArgs loss;
+  Normal dist;
+  Rows d_mean, d_log_std;
+  double* sums;
+};
+
 // Every CPU op: its name and its arguments. csrc/cpu/<name>.inc is the body.
 #define PF_CPU_OPS(X) \
   X(ppo_loss, PpoLossArgs) \
   X(whiten, WhitenArgs) \
   X(categorical_ppo_loss, CategoricalPpoLossArgs) \
+  X(normal_ppo_loss, NormalPpoLossArgs) \
   X(categorical_log_prob, CategoricalLogProbArgs) \
-  X(categorical_log_prob_backward, CategoricalLogProbBackwardArgs)
+  X(categorical_log_prob_backward, CategoricalLogProbBackwardArgs) \
+  X(normal_log_prob, NormalLogProbArgs) \
+  X(normal_log_prob_backward, NormalLogProbBackwardArgs)
 
 }  // namespace pf

@@ -488,7 +488,7 @@ def normal_ppo_loss(
               "weights": weights}  # fmt: skip
     stored = _minibatch(mean.shape[:-1], index, 1, stored)
     mask = stored["mask"]
-    mean, actions = _valid_rows(mask, mean, stored.pop("actions"))
+    mean, actions = _valid_rows(mask, mean, stored.pop("actions").to(_compute_dtype(mean, log_std, values)))
     if log_std.ndim == mean.ndim and log_std.shape[:-1] == mean.shape[:-1]:
         (log_std,) = _valid_rows(mask, log_std)
     log_prob, h = normal_log_prob(mean, log_std, actions, squash=squash)

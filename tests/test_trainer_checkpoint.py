@@ -207,3 +207,17 @@ def test_a_second_run_takes_a_new_folder_and_a_running_one_is_locked(finished, q
     config = ControlConfig(run_dir=str(finished), resume=True, **QUICK)
     with claim(config), pytest.raises(UserError, match="in use by another running process"), claim(config):
         pass
+
+
+def test_resume_without_a_checkpoint_starts_over_but_never_in_a_foreign_folder(finished, quiet, tmp_path):
+    (finished / "checkpoint.pt").unlink()  # as if killed before the first one
+    (finished / "progress.csv").write_text("half a li")
+    assert resume(finished, quiet).global_step == 160
+    assert resume(tmp_path / "new", quiet).global_step == 160
+    assert (tmp_path / "new" / "config.json").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "episodes.csv").write_text("mine")
+    with pytest.raises(UserError, match="--resume: expected the folder of a run"):
+        resume(foreign, quiet)
+    assert files(foreign) == {"episodes.csv": b"mine"}

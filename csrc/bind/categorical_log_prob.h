@@ -9,7 +9,7 @@ namespace pf::bind {
 inline Categorical categorical(const Tensor& logits, const Tensor& actions, const Tensor& action_mask,
                                const Tensor& temperature_rows, double temperature, py::handle ignore_index,
                                int64_t stored = -1) {
-  check_rows(logits);
+  check_rows(logits, "A");
   const int lead = logits.ndim() - 1;
   actions.required();
   if (stored < 0) {

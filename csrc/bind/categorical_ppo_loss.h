@@ -16,7 +16,7 @@ inline void bind_categorical_ppo_loss(py::module_& m) {
     const Tensor d_logits(op, "grad of logits", d_logits_), none(op, "temperature", py::none());
     const LossInputs inputs(op, old_log_prob, advantages, values, old_values, returns, ref_log_prob, rollout_log_prob,
                             mask, weights, index, loss, stats, grad_values);
-    check_rows(logits);
+    check_rows(logits, "A");
     const int lead = logits.ndim() - 1;
     CategoricalPpoLossArgs a{};
     a.loss = inputs.args(params, logits, lead, "the shape of the rows", denominator, sum,

@@ -4,6 +4,8 @@
 #include "../cpu/dispatch.h"
 #include "categorical_log_prob.h"
 #include "categorical_ppo_loss.h"
+#include "normal_log_prob.h"
+#include "normal_ppo_loss.h"
 #include "ppo_loss.h"
 #include "whiten.h"
 
@@ -39,4 +41,7 @@ PYBIND11_MODULE(_C, m) {
   bind_whiten(m);
   bind_categorical_log_prob(m);
   bind_categorical_ppo_loss(m);
+  bind_normal_log_prob(m);
+  bind_normal_ppo_loss(m);
+  m.attr("MAX_ROW_BLOCKS") = pf::kMaxRowBlocks;
 }

@@ -21,9 +21,35 @@ inline Rows gradient_rows(const Tensor& x, const Tensor& of) {
   return x.required().same_shape(of, "the input's shape").dtype_is(of.dtype(), "the input's dtype").rows();
 }
 
-inline void check_rows(const Tensor& x) {
+inline void check_rows(const Tensor& x, const char* width) {
   x.required().floating();
-  if (x.ndim() < 1) x.fail("be [..., A], got " + x.shape_text());
+  if (x.ndim() < 1) x.fail(text("be [..., ", width, "], got ", x.shape_text()));
+}
+
+// Rows of a tensor that broadcasts to `like`: dimensions that it lacks or has once get stride 0.
+inline Rows broadcast_rows(const Tensor& x, const Tensor& like, const char* name) {
+  const int missing = like.ndim() - x.ndim();
+  bool fits = missing >= 0;
+  for (int d = 0; fits && d < x.ndim(); ++d) fits = x.size(d) == like.size(d + missing) || x.size(d) == 1;
+  if (!fits) x.fail(text("broadcast to ", name, " ", like.shape_text(), ", got ", x.shape_text()));
+  const auto stride = [&](int d) { return d < missing || x.size(d - missing) == 1 ? 0 : x.stride(d - missing); };
+  Rows r;
+  r.lead = x.stream_of(0);
+  for (int d = 0; d < like.ndim() - 1; ++d) {
+    if (like.size(d) == 1) continue;
+    Stream& s = r.lead;
+    if (s.ndim > 0 && s.stride[s.ndim - 1] == like.size(d) * stride(d)) {
+      s.shape[s.ndim - 1] *= like.size(d);
+      s.stride[s.ndim - 1] = stride(d);
+    } else {
+      if (s.ndim == kMaxDims) x.fail(text("merge into at most ", kMaxDims, " dimensions, got ", x.shape_text()));
+      s.shape[s.ndim] = like.size(d);
+      s.stride[s.ndim++] = stride(d);
+    }
+  }
+  r.width = like.size(-1);
+  r.stride = r.width == 1 ? 1 : stride(like.ndim() - 1);
+  return r;
 }
 
 [[noreturn]] inline void refuse(const Tensor& actions, const Offence& o, int64_t bound, const char* what) {

@@ -5,8 +5,7 @@
 namespace pf::bind {
 
 inline void bind_normal_ppo_loss(py::module_& m) {
-  m.attr("BLOCKS") = kMaxRowBlocks;
-  // sums: [BLOCKS, D] float64 with grad_log_std [D], where one log_std is shared by all rows; else None.
+  // sums: [MAX_ROW_BLOCKS, D] float64 with grad_log_std [D], where one log_std is shared by all rows; else None.
   m.def("normal_ppo_loss", [](const LossParams& params, py::handle mean_, py::handle log_std_, py::handle actions_,
                               bool squash, py::handle index, py::handle old_log_prob, py::handle advantages,
                               py::handle values, py::handle old_values, py::handle returns, py::handle ref_log_prob,

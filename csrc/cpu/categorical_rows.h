@@ -63,22 +63,6 @@ struct CategoricalLabels {
   }
 };
 
-// n elements of sixteen, in one store where all are there.
-template <class T>
-PF_INLINE void store_part(const Vec<T>& v, T* to, int64_t n) {
-  if (n == kLanes) return v.store(to);
-  alignas(64) T x[kLanes];
-  v.store(x);
-  for (int64_t i = 0; i < n; ++i) to[i] = x[i];
-}
-template <class T>
-PF_INLINE Vec<T> load_part(const T* from, int64_t n) {
-  if (n == kLanes) return Vec<T>::load(from);
-  alignas(64) T x[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) x[i] = from[i];
-  return Vec<T>::load(x);
-}
-
 // Sixteen rows in lanes.
 template <class T>
 inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t at, int64_t n,
@@ -88,7 +72,7 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
   const int64_t width = c.logits.width;
   const bool* skip = l.any_skip ? l.skip + at : nullptr;
   alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
-  read_lanes(c.logits, first + at, n, skip, z);
+  read_lanes(c.logits, first + at, nullptr, n, skip, z);
   if (c.action_mask.lead.data) {
     read_mask_lanes(c.action_mask, l.mask_row + at, n, skip, mask);
     for (int64_t j = 0; j < width * kLanes; j += kLanes) {
@@ -130,21 +114,19 @@ inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, 
   const int64_t width = c.logits.width;
   const bool masked = c.action_mask.lead.data;
   const V log_sum = load_part(tile.log_sum + at, n), shift = load_part(tile.shift + at, n);
-  const auto dead = log_sum == inf;
   const V g = d_log_prob ? load_part(d_log_prob + at, n) : zero, h = d_entropy ? load_part(d_entropy + at, n) : zero;
+  const auto dead = (log_sum == inf) | ((g == zero) & (h == zero));
   const V entropy = d_entropy ? load_part(tile.entropy + at, n) : zero, inverse = V::load(l.inverse_temperature + at);
   const V action = V::load(l.action_lane + at), at_action = g * inverse;
   alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
-  bool skip[kLanes];
-  const bool any_skip = any(dead);
-  for (int64_t i = 0; any_skip && i < n; ++i) skip[i] = tile.log_sum[at + i] == std::numeric_limits<T>::infinity();
-  read_lanes(c.logits, first + at, n, any_skip ? skip : nullptr, z);
-  if (masked) read_mask_lanes(c.action_mask, l.mask_row + at, n, any_skip ? skip : nullptr, mask);
+  const bool any_dead = any(dead);
+  read_lanes<T>(c.logits, first + at, nullptr, n, nullptr, z);
+  if (masked) read_mask_lanes<T>(c.action_mask, l.mask_row + at, n, nullptr, mask);
   for (int64_t j = 0; j < width; ++j) {
     V d = softmax_grad(V::load(z + j * kLanes), shift, log_sum, entropy, inverse, g, h);
     d = select(action == V(static_cast<T>(j)), d + at_action, d);
     if (masked) d = select(V::load(mask + j * kLanes) != zero, d, zero);
-    if (any_skip) d = select(dead, zero, d);
+    if (any_dead) d = select(dead, zero, d);
     d.store(z + j * kLanes);
   }
   write_lanes(d_logits, first + at, n, z);
@@ -250,9 +232,9 @@ inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, in
   const T inf = std::numeric_limits<T>::infinity();
   const int64_t width = c.logits.width, offset = offset_of(c.logits.lead, first + i), action = l.action[i];
   const int64_t to = offset_of(d_logits.lead, first + i);
-  const bool masked = c.action_mask.lead.data, dead = tile.log_sum[i] == inf;
-  const int64_t mask_offset = masked ? offset_of(c.action_mask.lead, l.mask_row[i]) : 0;
   const T g = d_log_prob ? d_log_prob[i] : T(0), h = d_entropy ? d_entropy[i] : T(0);
+  const bool masked = c.action_mask.lead.data, dead = tile.log_sum[i] == inf || (g == 0 && h == 0);
+  const int64_t mask_offset = masked ? offset_of(c.action_mask.lead, l.mask_row[i]) : 0;
   const V entropy(d_entropy ? tile.entropy[i] : T(0)), shift(tile.shift[i]), log_sum(tile.log_sum[i]);
   const V inverse(l.inverse_temperature[i]);
   alignas(64) T z[kChunk], mask[kChunk], d[kChunk];
@@ -310,7 +292,8 @@ inline void categorical_forward(const Categorical& c, int64_t first, int64_t n, 
 }
 
 // Gradient of Σ d_log_prob·log_prob + d_entropy·entropy (either nullptr: 0) with respect to the logits of the same rows,
-// in the dtype of d_logits, which may be the logits' own memory. past_cache: the result is too large to stay cached.
+// in the dtype of d_logits, which may be the logits' own memory. A row whose incoming gradients are both 0 gets 0,
+// whatever it holds: that is how a loss leaves rows out. past_cache: the result is too large to stay cached.
 template <class T>
 inline void categorical_backward(const Categorical& c, int64_t first, int64_t n, const int64_t* index,
                                  const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy,

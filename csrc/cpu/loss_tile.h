@@ -90,7 +90,7 @@ struct RowLossSums {
   }
 };
 
-constexpr int64_t kMaxBlocks = 64;
+constexpr int64_t kMaxBlocks = kMaxRowBlocks;
 
 // A block is a whole number of tiles; how many there are depends on n alone.
 inline int64_t block_size(int64_t n, int64_t tile, int64_t least) {

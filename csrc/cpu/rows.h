@@ -14,7 +14,12 @@ inline int64_t rows_per_tile(int64_t width) {
   return rows < kLanes ? rows : std::min(kRowTile, rows / kLanes * kLanes);
 }
 
-constexpr int64_t kMaxRowBlocks = 64;
+// Columns [first, first + width).
+inline Rows columns(Rows x, int64_t first, int64_t width) {
+  if (x.lead.data) x.lead.data = static_cast<const char*>(x.lead.data) + first * x.stride * size_of(x.lead.dtype);
+  x.width = width;
+  return x;
+}
 
 // Of what the blocks found, in their order.
 inline Offence first_of(const Offence* offences) {
@@ -36,12 +41,28 @@ inline void over_row_tiles(int64_t rows, int64_t width, int threads, F&& f) {
   });
 }
 
+// Adds the blocks' sums [kMaxRowBlocks, D] in order, into one row.
+inline void merge_row_sums(double* sums, const Rows& out) {
+  with_float_type(out.lead.dtype, [&](auto* type) {
+    using To = std::remove_pointer_t<decltype(type)>;
+    auto* to = static_cast<To*>(const_cast<void*>(out.lead.data));
+    for (int64_t j = 0; j < out.width; ++j) {
+      double total = 0;
+      for (int64_t b = 0; b < kMaxRowBlocks; ++b) total += sums[b * out.width + j];
+      to[j * out.stride] = static_cast<To>(total);
+    }
+  });
+}
+
 // --- sixteen rows in the lanes: to[j * kLanes + i] is element j of row i ---------------------------------------------
 
 template <class T>
-using Quad __attribute__((vector_size(4 * sizeof(T)))) = T;
+struct Quads {
+  typedef T Type __attribute__((vector_size(4 * sizeof(T))));
+  typedef T Loose __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
 template <class T>
-using LooseQuad __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
+using Quad = typename Quads<T>::Type;
 
 template <class T>
 PF_INLINE void transpose4(Quad<T>& a, Quad<T>& b, Quad<T>& c, Quad<T>& d) {
@@ -51,75 +72,85 @@ PF_INLINE void transpose4(Quad<T>& a, Quad<T>& b, Quad<T>& c, Quad<T>& d) {
   c = __builtin_shufflevector(ac1, bd1, 0, 4, 1, 5), d = __builtin_shufflevector(ac1, bd1, 2, 6, 3, 7);
 }
 
+template <class T>
+PF_INLINE Quad<T> load_quad(const T* p) {
+  return *reinterpret_cast<const typename Quads<T>::Loose*>(p);
+}
+template <class T>
+PF_INLINE void store_quad(const Quad<T>& q, T* p) {
+  *reinterpret_cast<typename Quads<T>::Loose*>(p) = q;
+}
+
 // Four by four; the last columns are done twice rather than one by one.
 template <class T>
 inline void rows_to_lanes(const T* const* row, int64_t width, T* to) {
+  if (width < 4) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < width; ++j) to[j * kLanes + i] = row[i][j];
+    }
+    return;
+  }
   for (int i = 0; i < kLanes; i += 4) {
+    const T *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
     for (int64_t j = 0; j < width; j += 4) {
-      const int64_t at = width < 4 ? 0 : std::min(j, width - 4);
-      Quad<T> q[4] = {};
-      for (int k = 0; k < 4; ++k) {
-        if (width >= 4) {
-          q[k] = *reinterpret_cast<const LooseQuad<T>*>(row[i + k] + at);
-        } else {
-          std::memcpy(&q[k], row[i + k], width * sizeof(T));
-        }
-      }
-      transpose4<T>(q[0], q[1], q[2], q[3]);
-      for (int k = 0; k < 4 && at + k < width; ++k) {
-        *reinterpret_cast<LooseQuad<T>*>(to + (at + k) * kLanes + i) = q[k];
-      }
+      const int64_t at = std::min(j, width - 4);
+      Quad<T> a = load_quad(r0 + at), b = load_quad(r1 + at), c = load_quad(r2 + at), d = load_quad(r3 + at);
+      transpose4<T>(a, b, c, d);
+      T* lane = to + at * kLanes + i;
+      store_quad(a, lane), store_quad(b, lane + kLanes), store_quad(c, lane + 2 * kLanes);
+      store_quad(d, lane + 3 * kLanes);
     }
   }
 }
 template <class T>
 inline void lanes_to_rows(const T* from, int64_t width, T* const* row) {
+  if (width < 4) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < width; ++j) row[i][j] = from[j * kLanes + i];
+    }
+    return;
+  }
   for (int i = 0; i < kLanes; i += 4) {
+    T *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
     for (int64_t j = 0; j < width; j += 4) {
-      const int64_t at = width < 4 ? 0 : std::min(j, width - 4);
-      Quad<T> q[4] = {};
-      for (int k = 0; k < 4 && at + k < width; ++k) {
-        q[k] = *reinterpret_cast<const LooseQuad<T>*>(from + (at + k) * kLanes + i);
-      }
-      transpose4<T>(q[0], q[1], q[2], q[3]);
-      for (int k = 0; k < 4; ++k) {
-        if (width >= 4) {
-          *reinterpret_cast<LooseQuad<T>*>(row[i + k] + at) = q[k];
-        } else {
-          std::memcpy(row[i + k], &q[k], width * sizeof(T));
-        }
-      }
+      const int64_t at = std::min(j, width - 4);
+      const T* lane = from + at * kLanes + i;
+      Quad<T> a = load_quad(lane), b = load_quad(lane + kLanes), c = load_quad(lane + 2 * kLanes);
+      Quad<T> d = load_quad(lane + 3 * kLanes);
+      transpose4<T>(a, b, c, d);
+      store_quad(a, r0 + at), store_quad(b, r1 + at), store_quad(c, r2 + at), store_quad(d, r3 + at);
     }
   }
 }
 
-// Rows [first, first + n); those whose `skip` is set, and lanes past the last row, are not read: 0.
+// Rows [first, first + n), or those that `row` names; where `skip` is set, and past the last, nothing is read: 0.
 template <class T>
-inline void read_lanes(const Rows& x, int64_t first, int64_t n, const bool* skip, T* to) {
+inline void read_lanes(const Rows& x, int64_t first, const int64_t* row, int64_t n, const bool* skip, T* to) {
   const int64_t width = x.width, stride = x.stride;
+  const auto offset = [&](int64_t i) { return offset_of(x.lead, row ? row[i] : first + i); };
   with_float_type(x.lead.dtype, [&](auto* type) {
     using From = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<const From*>(x.lead.data);
     if (stride == 1 && n == kLanes && !skip) {
-      const T* row[kLanes];
+      const T* rows[kLanes];
       alignas(64) T converted[kRowsInLanes * kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const From* from = data + offset_of(x.lead, first + i);
+        const From* from = data + offset(i);
         if constexpr (std::is_same_v<T, From>) {
-          row[i] = from;
+          rows[i] = from;
         } else {
-          row[i] = converted + i * width;
+          rows[i] = converted + i * width;
           convert_in(from, width, converted + i * width);
         }
       }
-      return rows_to_lanes(row, width, to);
+      return rows_to_lanes(rows, width, to);
     }
     for (int64_t i = 0; i < kLanes; ++i) {
       if (i >= n || (skip && skip[i])) {
         for (int64_t j = 0; j < width; ++j) to[j * kLanes + i] = T(0);
         continue;
       }
-      const auto* from = data + offset_of(x.lead, first + i);
+      const auto* from = data + offset(i);
       for (int64_t j = 0; j < width; ++j) to[j * kLanes + i] = static_cast<T>(from[j * stride]);
     }
   });
@@ -166,7 +197,33 @@ inline void read_mask_lanes(const Rows& mask, const int64_t* row, int64_t n, con
   });
 }
 
+// n elements of sixteen, in one store where all are there.
+template <class T>
+PF_INLINE void store_part(const Vec<T>& v, T* to, int64_t n) {
+  if (n == kLanes) return v.store(to);
+  alignas(64) T x[kLanes];
+  v.store(x);
+  for (int64_t i = 0; i < n; ++i) to[i] = x[i];
+}
+template <class T>
+PF_INLINE Vec<T> load_part(const T* from, int64_t n) {
+  if (n == kLanes) return Vec<T>::load(from);
+  alignas(64) T x[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) x[i] = from[i];
+  return Vec<T>::load(x);
+}
+
 // --- one long row, chunk by chunk ------------------------------------------------------------------------------------
+
+// Elements [offset, offset + n) as T, whatever they are.
+template <class T>
+inline void read_chunk_to(const Rows& x, int64_t offset, int64_t n, T* to) {
+  with_float_type(x.lead.dtype, [&](auto* type) {
+    auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(x.lead.data) + offset;
+    if (x.stride == 1) return convert_in(from, n, to);
+    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(from[j * x.stride]);
+  });
+}
 
 // Elements [first, first + n) of a row at `offset`: in place where they lie as T, else in scratch; past n up to a whole
 // vector `pad`.
@@ -175,14 +232,7 @@ inline const T* read_chunk(const Rows& x, int64_t offset, int64_t first, int64_t
   if (x.stride == 1 && x.lead.dtype == dtype_of<T>() && n % kLanes == 0) {
     return static_cast<const T*>(x.lead.data) + offset + first;
   }
-  with_float_type(x.lead.dtype, [&](auto* type) {
-    auto* from = static_cast<const std::remove_reference_t<decltype(*type)>*>(x.lead.data) + offset + first * x.stride;
-    if (x.stride == 1) {
-      convert_in(from, n, scratch);
-    } else {
-      for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<T>(from[j * x.stride]);
-    }
-  });
+  read_chunk_to(x, offset + first * x.stride, n, scratch);
   for (int64_t j = n; j < padded(n); ++j) scratch[j] = pad;
   return scratch;
 }

@@ -9,7 +9,10 @@ from .. import _backend
 from .._autograd import differentiable
 from ._loss import compute_dtype, constants
 
-__all__ = ["compute_dtype", "constants", "gradients_by_reference", "needs_grad", "same_shape", "takes_kernel"]
+__all__ = [
+    "compute_dtype", "constants", "detached_gradients", "gradients_by_reference", "needs_grad", "same_shape",
+    "takes_kernel",
+]  # fmt: skip
 
 
 def takes_kernel(op: str, *inputs: Tensor | None) -> bool:
@@ -41,3 +44,11 @@ def gradients_by_reference(function, inputs, grad_outputs) -> list[Tensor | None
         return [found[i] for i in used]
 
     return differentiable(outputs, inputs, [grad_outputs[i] for i in used])
+
+
+def detached_gradients(function, inputs, grad_outputs) -> list[Tensor]:
+    """The same as numbers, zeros where a gradient does not reach: the registered backward where no kernel runs."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        grads = gradients_by_reference(function, leaves, grad_outputs)
+    return [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(inputs, grads, strict=True)]

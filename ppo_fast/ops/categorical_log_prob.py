@@ -183,10 +183,7 @@ def _backward_kernel(
     def specification(logits):
         return _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
 
-    with torch.enable_grad():
-        grads = (d_log_prob, d_entropy if entropy else None)
-        leaf = logits.detach().requires_grad_()
-        return _checks.gradients_by_reference(specification, (leaf,), grads)[0].detach()
+    return _checks.detached_gradients(specification, (logits,), (d_log_prob, d_entropy if entropy else None))[0]
 
 
 def _backward_fake(logits, *_):

@@ -86,7 +86,7 @@ def _fill(params, inputs, needed, extra, old_log_prob, advantages, old_values, r
     loss, stats = _loss.outputs(*inputs)
     grads = [_loss.gradient_for(x, need) for x, need in zip(inputs, needed, strict=True)]
     shared = needed[1] and log_std.ndim == 1 and mean.ndim != 1
-    sums = mean.new_empty((_backend._C.BLOCKS, mean.shape[-1]), dtype=torch.float64) if shared else None
+    sums = mean.new_empty((_backend._C.MAX_ROW_BLOCKS, mean.shape[-1]), dtype=torch.float64) if shared else None
     _backend._C.normal_ppo_loss(
         params, mean, log_std, actions, squash, index, old_log_prob, advantages, values, old_values, returns,
         ref_log_prob, rollout_log_prob, mask, weights, count, total, loss, stats, *grads, sums,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .config import ControlConfig, dumps
+from .config import ControlConfig, load_fields
 from .errors import UserError, one_line
 
 CHECKPOINT = "checkpoint.pt"
@@ -66,15 +66,24 @@ def claim(config: ControlConfig) -> RunDir:
         _create(wanted)
         with _writable(wanted):
             checkpoint.remove_leftovers(wanted)
+            _check_resumable(wanted)
             return RunDir(wanted)
     path, number = wanted, 1
     while not _create(path):
         number += 1
         path = wanted.with_name(f"{wanted.name}-{number}")
     with _writable(path):
-        run = RunDir(path, None if number == 1 else wanted)
-        run.write(CONFIG, dumps(config).encode())
-    return run
+        return RunDir(path, None if number == 1 else wanted)
+
+
+def _check_resumable(path: Path) -> None:
+    """Without a checkpoint a resumed run starts over: only where that overwrites nothing but an earlier start of ours."""
+    names = {p.name for p in path.iterdir()} - {LOCK}
+    if not names or CHECKPOINT in names:
+        return
+    if CONFIG not in names:
+        raise UserError(f"--resume: expected the folder of a run, got {path}, which holds something else")
+    load_fields(path / CONFIG)
 
 
 @contextlib.contextmanager

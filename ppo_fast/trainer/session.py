@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from . import checkpoint
-from .config import ControlConfig, differences, from_dict, to_dict
+from .config import ControlConfig, differences, dumps, from_dict, to_dict
 from .errors import UserError, one_line
 from .report import EPISODE_COLUMNS, PROGRESS_COLUMNS, TensorBoard, draw_curve, read_episodes, tensorboard_scalars
 from .rollout import Episode
-from .rundir import CHECKPOINT, CsvLog, RunDir
+from .rundir import CHECKPOINT, CONFIG, CsvLog, RunDir
 
 if TYPE_CHECKING:
     from .control import Trainer
@@ -72,7 +72,11 @@ class Session:
 
     def __init__(self, trainer: Trainer, run: RunDir, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
         self.trainer, self.config, self.run, self.say = trainer, trainer.config, run, say
-        offsets = {"episodes": 0, "progress": 0} if state is None else self._restore(state)
+        if state is None:
+            offsets = {"episodes": 0, "progress": 0}
+            run.write(CONFIG, dumps(self.config).encode())  # first, as it marks the folder as ours
+        else:
+            offsets = self._restore(state)
         self._saved_at, self._saved_step = time.perf_counter(), trainer.now.global_step
         self.board: TensorBoard | None = None
         with contextlib.ExitStack() as logs:  # what is open when a later one fails gets closed
