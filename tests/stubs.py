@@ -34,11 +34,18 @@ class LossParams:
 
 
 def names_in_csrc() -> dict[str, list[str]]:
-    """Op -> the names of its arguments, as the bound lambda has them."""
+    """Op -> the names of its arguments: those of the messages where there are any, else those of the bound lambda."""
     found = {}
     for file in sorted((ROOT / "csrc" / "bind").glob("*.h")):
-        for op, arguments in re.findall(r'm\.def\(\s*"(\w+)",\s*\[\]\((.*?)\)\s*\{', file.read_text(), re.S):
-            found[op] = [a.split()[-1].strip("&*_") for a in arguments.split(",")]
+        for chunk in file.read_text().split("m.def(")[1:]:
+            head = re.match(r'\s*"(\w+)",\s*\[\]\((.*?)\)\s*\{', chunk, re.S)
+            if head is None:
+                continue
+            arguments = [a.split()[-1].strip("&*") for a in head[2].split(",")]
+            messages = {v: name for name, v in re.findall(r'\(op, "([\w ]+)", (\w+)\)', chunk)}
+            names = [messages.get(a, a.rstrip("_")).replace(" of ", "_") for a in arguments]
+            twice = {name for name in names if names.count(name) > 1}
+            found[head[1]] = [a.rstrip("_") if n in twice else n for a, n in zip(arguments, names, strict=True)]
     return found
 
 
