@@ -188,7 +188,8 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
     """Trains as `config` says and leaves checkpoint, logs and plot in its folder.
 
     `make_env` makes one environment and replaces `config.env_id`. Raises `UserError` for wrong input, for an
-    environment that fails, and for a folder that cannot be written; what was written before stays whole.
+    environment that fails, and for a folder that cannot be written; what was written before stays whole. Seeds the
+    global generators of Python, numpy and torch, for environments that draw from them.
     """
     console = Console() if console is None else console
     threads = torch.get_num_threads()
