@@ -52,6 +52,8 @@ class Loss:
         """Checks, then one of three: the registered op while compiling, the kernel, or the specification."""
         config = check_config(self.name, config)
         constants(self.name, **dict(zip(ROLLOUT, rollout, strict=True)))
+        if extra:
+            constants(self.name, actions=extra[0])
         check_denominator(self.name, denominator)
         first = inputs[0]
         compiling = torch.compiler.is_compiling()
