@@ -61,7 +61,7 @@ def build(case: Case) -> Workload:
         bootstrapped = rewards.clone()  # it knows no last value: that goes into the last reward beforehand
         bootstrapped[-1] += GAMMA * alive[-1] * last_values
         providers.append(Provider("torchrl-vec", lambda: reward2go(bootstrapped, terminated, GAMMA), _named))
-    providers.append(left_out("compile", "unrolls the loop over T: minutes to compile"))
+    providers.append(left_out("compile", "unrolls the loop over T, up to minutes to compile"))
 
     def truth() -> dict[str, Tensor]:
         wide = rewards.double(), last_values.double()

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .harness import COPY, LABELS, OURS, SHORT, Row
+from .harness import LABELS, OURS, SHORT, YARDSTICKS, Row
 from .report import by_case, factor, microseconds
 
 INK, SOFT, GREEN, GREY, PALE, LINE = "#22272e", "#7a828c", "#0b8457", "#b8c0cc", "#dfe4ea", "#eceff2"
@@ -30,12 +30,12 @@ def _decade(seconds: float) -> str:
 def _remark(row: Row) -> str:
     if row.provider == OURS:
         return f"   {row.copy_share:.0%} of copy" if row.copy_share is not None and row.case.bytes > 1e6 else ""
-    return "" if row.provider == COPY or row.ours_faster is None else f"   {factor(row.ours_faster)}"
+    return "" if row.provider in YARDSTICKS or row.ours_faster is None else f"   {factor(row.ours_faster)}"
 
 
 def _panel(axes: Axes, rows: list[Row]) -> None:
     case = rows[0].case
-    ordered = sorted(rows, key=lambda r: (r.provider != COPY, r.p50), reverse=True)  # the copy on top: a yardstick
+    ordered = sorted(rows, key=lambda r: (r.provider not in YARDSTICKS, r.p50), reverse=True)  # yardsticks on top
     left = min(r.p50 for r in rows) / 2.5
     longest = max(max(r.p50, r.p80) for r in rows)
     right = longest * (longest / left) ** 0.5  # leaves a third of the width for the longest bar's label
@@ -48,14 +48,14 @@ def _panel(axes: Axes, rows: list[Row]) -> None:
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     for y, row in enumerate(ordered):
-        color = GREEN if row.provider == OURS else PALE if row.provider == COPY else GREY
+        color = GREEN if row.provider == OURS else PALE if row.provider in YARDSTICKS else GREY
         axes.barh(y, row.p50 - left, left=left, height=0.7, color=color, linewidth=0)
         axes.plot([row.p20, row.p80], [y, y], color=INK, linewidth=0.8, alpha=0.45, solid_capstyle="butt")
         axes.annotate(duration(row.p50) + _remark(row), (max(row.p50, row.p80), y), (4, 0), textcoords="offset points",
                       va="center", fontsize=7.5, color=INK, fontweight="bold" if row.provider == OURS else "normal")  # fmt: skip
     axes.set_yticks(range(len(ordered)), [LABELS[r.provider].removesuffix(" of as many bytes") for r in ordered])
     for tick, row in zip(axes.get_yticklabels(), ordered, strict=True):
-        tick.set_color(GREEN if row.provider == OURS else SOFT if row.provider == COPY else INK)
+        tick.set_color(GREEN if row.provider == OURS else SOFT if row.provider in YARDSTICKS else INK)
         tick.set_fontweight("bold" if row.provider == OURS else "normal")
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.tick_params(axis="x", length=0, labelsize=6.5, labelcolor=SOFT, pad=1)
@@ -67,11 +67,20 @@ def _panel(axes: Axes, rows: list[Row]) -> None:
     axes.annotate(under, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=7.5, color=SOFT)
 
 
+def headlines(groups: list[list[Row]]) -> list[list[Row]]:
+    """Of many cases those with a target, and of an op that has none its largest."""
+    if len(groups) <= 18:
+        return groups
+    with_targets = {g[0].case.op for g in groups if g[0].case.targets}
+    largest = {g[0].case.op: g for g in sorted(groups, key=lambda g: g[0].case.bytes)}
+    return [g for g in groups if g[0].case.targets or (g[0].case.op not in with_targets and g is largest[g[0].case.op])]
+
+
 def panels(rows: list[Row], facts: dict[str, str], path: Path, columns: int = 3) -> bool:
     """Writes the picture; False where there is no time to show."""
     threads = max((row.threads for row in rows), default=1)
     groups = [[r for r in group if r.calls and r.threads == threads] for _, group in by_case(rows)]
-    groups = [g for g in groups if any(r.provider == OURS for r in g)]
+    groups = headlines([g for g in groups if any(r.provider == OURS for r in g)])
     if not groups:
         return False
     columns = min(columns, len(groups))

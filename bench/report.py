@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .harness import COPY, LABELS, OURS, SHORT, Case, Row, Target
+from .harness import COPY, LABELS, OURS, SHORT, YARDSTICKS, Case, Row, Target
 
 SHORT_MODE = {"forward": "fwd", "forward + backward": "fwd + bwd"}
 
@@ -64,7 +64,7 @@ def _cells(row: Row | None, wide: bool) -> list[str | Text]:
         first = Text("" if row is None else row.status, style="red" if alarm else "dim")
         return [first, *[""] * (4 if wide else 2)]
     share = "" if row.copy_share is None or row.provider == COPY else f"{row.copy_share:.0%}"
-    faster = "" if row.ours_faster is None or row.provider in (OURS, COPY) else factor(row.ours_faster)
+    faster = "" if row.ours_faster is None or row.provider in (OURS, *YARDSTICKS) else factor(row.ours_faster)
     extra = [Text(f"±{(row.p80 - row.p20) / 2 / row.p50:.0%}", style="dim"), f"{bandwidth(row):.3g}"] if wide else []
     return [microseconds(row.p50), *extra, share, Text(faster, style="bold")]
 
@@ -85,7 +85,7 @@ def op_table(op: str, groups: list[tuple[Case, list[Row]]], wide: bool = True) -
         for provider in dict.fromkeys(row.provider for row in rows):
             mine = {row.threads: row for row in rows if row.provider == provider}
             errors = [row.error for row in mine.values() if row.error is not None]
-            style = "green" if provider == OURS else "dim" if provider == COPY else ""
+            style = "green" if provider == OURS else "dim" if provider in YARDSTICKS else ""
             cells = [cell for n in threads for cell in _cells(mine.get(n), wide)]
             error = f"{max(errors):.0e}" if errors else ""
             peaks = [row.peak_bytes for row in mine.values() if row.peak_bytes is not None]
@@ -141,7 +141,7 @@ def print_table(rows: list[Row], facts: dict[str, str], console: Console | None 
     console.print(
         "Medians; spread: half of p20 to p80. GB/s: the floor's bytes over the time. of copy: share of the bandwidth of\n"
         "torch's copy_ of as many bytes. ours is: so many times faster than this. peak: memory of one call beside its\n"
-        "inputs. error: against float64, relative.\n",
+        "inputs. error: against float64, relative to the largest.\n",
         style="dim",
     )
     wide = console.width >= 115

@@ -83,7 +83,7 @@ def build(case: Case) -> Workload:
             return targets, advantages
 
         providers.append(Provider("torchrl-loop", torchrl, _named))
-    providers.append(left_out("compile", "unrolls the loop over T: minutes to compile"))
+    providers.append(left_out("compile", "unrolls the loop over T, up to minutes to compile"))
 
     def truth() -> dict[str, Tensor]:
         return _named(pf.reference.vtrace(*(x.double() for x in data), terminated=terminated, gamma=GAMMA))
