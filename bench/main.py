@@ -89,13 +89,14 @@ def _progress(total: int) -> Iterator:
         yield lambda what: print(f"[{next(done)}/{total}] {what}", file=sys.stderr, flush=True)
         return
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True) as bar:
+    # no thread that redraws: it would take turns with what is timed
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
         started = False
 
         def step(what: str) -> None:
             nonlocal started
-            bar.update(task, description=what, advance=int(started))
+            bar.update(task, description=what, advance=int(started), refresh=True)
             started = True
 
         yield step

@@ -116,7 +116,7 @@ def _verdict(target: Target, got: float | None, group: list[Row]) -> Text:
 
 def target_table(rows: list[Row]) -> Table | None:
     threads = sorted({row.threads for row in rows})
-    table = Table(title=f"targets, judged at {threads[-1]} threads", title_style="bold", title_justify="left",
+    table = Table(title=f"targets, judged at {threads[-1]} thread{'s' * (threads[-1] > 1)}", title_style="bold", title_justify="left",
                   box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     table.add_column("case", no_wrap=True)
     table.add_column("target")
@@ -139,8 +139,8 @@ def print_table(rows: list[Row], facts: dict[str, str], console: Console | None 
     console.print(f"\n[bold]{facts['cpu']}[/], {facts['cores']} cores, {facts['isa']} kernels; "
                   f"torch {facts['torch']}, python {facts['python']}; commit {facts['commit']}, {facts['date']}")  # fmt: skip
     console.print(
-        "Medians; spread: half of p20 to p80. GB/s: the floor's bytes over the time. of copy: share of the bandwidth of\n"
-        "torch's copy_ of as many bytes. ours is: so many times faster than this. peak: memory of one call beside its\n"
+        "Medians; spread: half of p20 to p80. GB/s: the floor's bytes over the time. of copy: share of the bandwidth of "
+        "torch's copy_ of as many bytes. ours is: so many times faster than this. peak: memory of one call beside its "
         "inputs. error: against float64, relative to the largest.\n",
         style="dim",
     )
