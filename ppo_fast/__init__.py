@@ -18,7 +18,7 @@ from .ops.normal_ppo_loss import normal_ppo_loss
 from .ops.ppo_loss import ppo_loss
 from .ops.whiten import whiten
 from .outputs import PPOLoss, Stats
-from .reference import beta_log_prob, bernoulli_log_prob, discounted_returns, gae, multi_categorical_log_prob, vtrace
+from .reference import bernoulli_log_prob, beta_log_prob, discounted_returns, gae, multi_categorical_log_prob, vtrace
 
 __version__ = "0.1.0"
 __all__ = [

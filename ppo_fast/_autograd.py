@@ -48,9 +48,7 @@ def differentiable(
 ) -> list[Tensor | None]:
     """Gradients of `function(*inputs)` that can be differentiated again; None for inputs that need none."""
     wanted = [x for x in inputs if x is not None and x.requires_grad]
-    grads = iter(
-        torch.autograd.grad(function(*inputs), wanted, grad_outputs, create_graph=True, allow_unused=True)
-    )
+    grads = iter(torch.autograd.grad(function(*inputs), wanted, grad_outputs, create_graph=True, allow_unused=True))
     return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
 
 

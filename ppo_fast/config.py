@@ -123,7 +123,12 @@ class LossConfig:
 
         # torch.compile guards on a tensor's type, not on what it holds: an annealed coefficient recompiles nothing.
         vector = torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
-        object.__setattr__(self, "numbers_vector", vector)
+        self.__dict__["_vector"] = vector
+
+    @property
+    def numbers_vector(self) -> torch.Tensor:
+        """`numbers()` as a float64 tensor on the CPU, for registered ops."""
+        return self.__dict__["_vector"]
 
     def numbers(self) -> tuple[float, ...]:
         """`NUMBERS` in order, absent ones as NaN: what kernels and registered ops take."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -438,9 +439,7 @@ def ppo_loss(
     return PPOLoss(loss, Stats(vector))
 
 
-def _minibatch(
-    rows: torch.Size, index: Tensor | None, action_ndim: int, stored: dict[str, Tensor | None]
-) -> dict[str, Tensor | None]:
+def _minibatch(rows: torch.Size, index: Tensor | None, action_ndim: int, stored: dict[str, Any]) -> dict[str, Any]:
     """What the rollout stored, as rows of the minibatch: gathered by `index` if there is one."""
     if index is None:
         return stored

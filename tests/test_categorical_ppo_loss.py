@@ -59,7 +59,9 @@ def test_index_gathers_what_indexing_would(shape, width):
     b = pf.categorical_ppo_loss(logits, **{k: v[index] for k, v in stored.items()}, config=FULL, values=values)
     wanted = bits(a, [logits, values])
     assert same_bits(wanted, bits(b, [logits, values]))
-    time_major = {k: v.view(10, 20, *v.shape[1:]).transpose(0, 1).contiguous().transpose(0, 1) for k, v in stored.items()}
+    time_major = {
+        k: v.view(10, 20, *v.shape[1:]).transpose(0, 1).contiguous().transpose(0, 1) for k, v in stored.items()
+    }
     c = pf.categorical_ppo_loss(logits, **time_major, config=FULL, values=values, index=index.int())
     assert same_bits(wanted, bits(c, [logits, values]))
     truth = reference.categorical_ppo_loss(logits, **stored, config=FULL, values=values, index=index)
@@ -167,7 +169,9 @@ def test_compile_and_opcheck():
         config = pf.LossConfig(clip_low=clip, entropy_coef=clip, value_clip=0.2)
         a, b = compiled(logits, values, config), step(logits, values, config)
         assert torch.equal(a, b)
-        for x, y in zip(torch.autograd.grad(a, [logits, values]), torch.autograd.grad(b, [logits, values]), strict=True):
+        for x, y in zip(
+            torch.autograd.grad(a, [logits, values]), torch.autograd.grad(b, [logits, values]), strict=True
+        ):
             torch.testing.assert_close(x, y)
     s = stored
     arguments = (logits, values, s["actions"], s["action_mask"], index, s["old_log_prob"], s["advantages"],

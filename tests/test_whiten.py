@@ -119,7 +119,11 @@ def test_compile_and_opcheck():
     [
         (dict(x=torch.zeros(3, dtype=torch.int64)), TypeError, "x must be float32, float64, bfloat16 or float16"),
         (dict(x=[1.0]), TypeError, "expected a torch.Tensor, got list"),
-        (dict(x=torch.zeros(3, 1), mask=torch.zeros(3)), ValueError, r"mask must be the shape of x = \[3, 1\], got \[3\]"),
+        (
+            dict(x=torch.zeros(3, 1), mask=torch.zeros(3)),
+            ValueError,
+            r"mask must be the shape of x = \[3, 1\], got \[3\]",
+        ),
         (dict(x=torch.zeros(3), ddof=2), ValueError, "ddof must be 0 or 1, got 2"),
         (dict(x=torch.zeros(3), eps=float("nan")), ValueError, "eps must be finite"),
     ],

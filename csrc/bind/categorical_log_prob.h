@@ -4,8 +4,8 @@
 
 namespace pf::bind {
 
-// The distribution of [..., A] logits, every part checked. Shared with categorical_ppo_loss, which may gather actions and
-// action_mask from `stored` rows.
+// The distribution of [..., A] logits, every part checked. Shared with categorical_ppo_loss, which may gather actions
+// and action_mask from `stored` rows.
 inline Categorical categorical(const Tensor& logits, const Tensor& actions, const Tensor& action_mask,
                                const Tensor& temperature_rows, double temperature, py::handle ignore_index,
                                int64_t stored = -1) {
@@ -25,7 +25,8 @@ inline Categorical categorical(const Tensor& logits, const Tensor& actions, cons
   temperature_rows.floating().same_shape(logits, "the shape of the rows", lead);
   Categorical c;
   c.logits = logits.rows();
-  if (c.logits.width < 1 && logits.numel_of(lead) > 0) logits.fail("have at least one action, got " + logits.shape_text());
+  if (c.logits.width < 1 && logits.numel_of(lead) > 0)
+    logits.fail("have at least one action, got " + logits.shape_text());
   c.actions = actions.stream();
   c.action_mask = action_mask.rows();
   c.temperature = temperature_rows.stream();
@@ -36,9 +37,9 @@ inline Categorical categorical(const Tensor& logits, const Tensor& actions, cons
 }
 
 inline void bind_categorical_log_prob(py::module_& m) {
-  m.def("categorical_log_prob", [](py::handle logits_, py::handle actions_, py::handle mask_, py::handle rows_,
-                                   double temperature, py::handle ignore_index, py::handle log_prob_,
-                                   py::handle entropy_, py::handle saved_, int threads) {
+  m.def("categorical_log_prob",
+        [](py::handle logits_, py::handle actions_, py::handle mask_, py::handle rows_, double temperature,
+           py::handle ignore_index, py::handle log_prob_, py::handle entropy_, py::handle saved_, int threads) {
     const char* op = "categorical_log_prob";
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor rows(op, "temperature", rows_), log_prob(op, "log_prob", log_prob_), entropy(op, "entropy", entropy_);
@@ -50,18 +51,21 @@ inline void bind_categorical_log_prob(py::module_& m) {
     a.is_double = logits.is_double();
     a.log_prob = result(log_prob.required(), logits, lead, a.is_double);
     a.entropy = result(entropy, logits, lead, a.is_double);
-    a.saved = saved.required().dtype_is(log_prob.dtype(), "the compute dtype").shape_is({2, a.n}, "[2, rows]")
-                  .contiguous().data();
+    a.saved = saved.required()
+                  .dtype_is(log_prob.dtype(), "the compute dtype")
+                  .shape_is({2, a.n}, "[2, rows]")
+                  .contiguous()
+                  .data();
     Offence offence;
     a.offence = &offence;
     a.threads = threads;
     without_gil(a.n * a.dist.logits.width, [&] { pf::categorical_log_prob(a); });
     if (offence.where >= 0) refuse(actions, offence, a.dist.logits.width, "number of actions");
   });
-  m.def("categorical_log_prob_backward", [](py::handle logits_, py::handle actions_, py::handle mask_, py::handle rows_,
-                                            double temperature, py::handle entropy_, py::handle saved_,
-                                            py::handle d_log_prob_, py::handle d_entropy_, py::handle d_logits_,
-                                            int threads) {
+  m.def("categorical_log_prob_backward",
+        [](py::handle logits_, py::handle actions_, py::handle mask_, py::handle rows_, double temperature,
+           py::handle entropy_, py::handle saved_, py::handle d_log_prob_, py::handle d_entropy_, py::handle d_logits_,
+           int threads) {
     const char* op = "categorical_log_prob";
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor rows(op, "temperature", rows_), entropy(op, "entropy", entropy_), saved(op, "saved", saved_);

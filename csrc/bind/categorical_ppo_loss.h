@@ -5,12 +5,12 @@
 namespace pf::bind {
 
 inline void bind_categorical_ppo_loss(py::module_& m) {
-  m.def("categorical_ppo_loss", [](const LossParams& params, py::handle logits_, py::handle actions_, py::handle mask_,
-                                   py::handle index, py::handle old_log_prob, py::handle advantages, py::handle values,
-                                   py::handle old_values, py::handle returns, py::handle ref_log_prob,
-                                   py::handle rollout_log_prob, py::handle mask, py::handle weights, double denominator,
-                                   bool sum, py::handle loss, py::handle stats, py::handle d_logits_,
-                                   py::handle grad_values, int threads) {
+  m.def(
+      "categorical_ppo_loss",
+      [](const LossParams& params, py::handle logits_, py::handle actions_, py::handle mask_, py::handle index,
+         py::handle old_log_prob, py::handle advantages, py::handle values, py::handle old_values, py::handle returns,
+         py::handle ref_log_prob, py::handle rollout_log_prob, py::handle mask, py::handle weights, double denominator,
+         bool sum, py::handle loss, py::handle stats, py::handle d_logits_, py::handle grad_values, int threads) {
     const char* op = "categorical_ppo_loss";
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), action_mask(op, "action_mask", mask_);
     const Tensor d_logits(op, "grad of logits", d_logits_), none(op, "temperature", py::none());

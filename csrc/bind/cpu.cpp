@@ -15,8 +15,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace pf::bind;
   m.doc() = "CPU kernels of ppo_fast.";
 
-  py::class_<pf::LossParams>(m, "LossParams")
-      .def(py::init(&loss_params), py::arg("numbers"), py::arg("choices"));
+  py::class_<pf::LossParams>(m, "LossParams").def(py::init(&loss_params), py::arg("numbers"), py::arg("choices"));
   py::tuple stats(static_cast<size_t>(pf::kStatCount));
   const char* names[] = {
 #define X(name) #name,

@@ -47,8 +47,8 @@ struct LossInputs {
     if (params.rollout_correction != kNoCorrection && !rollout_log_prob) {
       throw missing("rollout_log_prob", "LossConfig(rollout_correction=...)");
     }
-    const Tensor* stored[] = {&old_log_prob, &advantages, &old_values, &returns, &ref_log_prob, &rollout_log_prob,
-                              &mask};
+    const Tensor* stored[] = {&old_log_prob, &advantages,       &old_values, &returns,
+                              &ref_log_prob, &rollout_log_prob, &mask};
     old_log_prob.required(), advantages.required();
     if (index) {
       index.integer().same_shape(like, shape, lead);
@@ -65,8 +65,8 @@ struct LossInputs {
     }
     values.same_shape(like, shape, lead);
     weights.same_shape(like, shape, lead);
-    for (const Tensor* t : {&old_log_prob, &advantages, &values, &old_values, &returns, &ref_log_prob,
-                            &rollout_log_prob, &weights})
+    for (const Tensor* t :
+         {&old_log_prob, &advantages, &values, &old_values, &returns, &ref_log_prob, &rollout_log_prob, &weights})
       t->floating();
     a.old_log_prob = old_log_prob.stream(), a.advantages = advantages.stream(), a.old_values = old_values.stream();
     a.returns = returns.stream(), a.ref_log_prob = ref_log_prob.stream();

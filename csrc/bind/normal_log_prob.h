@@ -12,7 +12,8 @@ inline Normal normal(const Tensor& mean, const Tensor& log_std, const Tensor& ac
   actions.required().floating();
   if (stored < 0) {
     actions.same_shape(mean, "the shape of mean");
-  } else if (actions.ndim() < 1 || actions.size(-1) != mean.size(-1) || actions.numel_of(actions.ndim() - 1) != stored) {
+  } else if (actions.ndim() < 1 || actions.size(-1) != mean.size(-1) ||
+             actions.numel_of(actions.ndim() - 1) != stored) {
     actions.fail(text("have ", stored, " rows of ", mean.size(-1), ", got ", actions.shape_text()));
   }
   log_std.required().floating();
@@ -41,9 +42,9 @@ inline void bind_normal_log_prob(py::module_& m) {
     without_gil(mean.numel(), [&] { pf::normal_log_prob(a); });
   });
   // sums: [kMaxRowBlocks, D] float64 with d_log_std [D], where one log_std is shared by all rows; else None.
-  m.def("normal_log_prob_backward", [](py::handle mean_, py::handle log_std_, py::handle actions_, bool squash,
-                                       py::handle d_log_prob_, py::handle d_entropy_, py::handle d_mean_,
-                                       py::handle d_log_std_, py::handle sums_, int threads) {
+  m.def("normal_log_prob_backward",
+        [](py::handle mean_, py::handle log_std_, py::handle actions_, bool squash, py::handle d_log_prob_,
+           py::handle d_entropy_, py::handle d_mean_, py::handle d_log_std_, py::handle sums_, int threads) {
     const char* op = "normal_log_prob";
     const Tensor mean(op, "mean", mean_), log_std(op, "log_std", log_std_), actions(op, "actions", actions_);
     const Tensor d_log_prob(op, "grad of log_prob", d_log_prob_), d_entropy(op, "grad of entropy", d_entropy_);

@@ -6,12 +6,12 @@ namespace pf::bind {
 
 inline void bind_normal_ppo_loss(py::module_& m) {
   // sums: [MAX_ROW_BLOCKS, D] float64 with grad_log_std [D], where one log_std is shared by all rows; else None.
-  m.def("normal_ppo_loss", [](const LossParams& params, py::handle mean_, py::handle log_std_, py::handle actions_,
-                              bool squash, py::handle index, py::handle old_log_prob, py::handle advantages,
-                              py::handle values, py::handle old_values, py::handle returns, py::handle ref_log_prob,
-                              py::handle rollout_log_prob, py::handle mask, py::handle weights, double denominator,
-                              bool sum, py::handle loss, py::handle stats, py::handle d_mean_, py::handle d_log_std_,
-                              py::handle grad_values, py::handle sums_, int threads) {
+  m.def("normal_ppo_loss",
+        [](const LossParams& params, py::handle mean_, py::handle log_std_, py::handle actions_, bool squash,
+           py::handle index, py::handle old_log_prob, py::handle advantages, py::handle values, py::handle old_values,
+           py::handle returns, py::handle ref_log_prob, py::handle rollout_log_prob, py::handle mask,
+           py::handle weights, double denominator, bool sum, py::handle loss, py::handle stats, py::handle d_mean_,
+           py::handle d_log_std_, py::handle grad_values, py::handle sums_, int threads) {
     const char* op = "normal_ppo_loss";
     const Tensor mean(op, "mean", mean_), log_std(op, "log_std", log_std_), actions(op, "actions", actions_);
     const Tensor d_mean(op, "grad of mean", d_mean_), d_log_std(op, "grad of log_std", d_log_std_);

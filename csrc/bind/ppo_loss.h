@@ -19,8 +19,8 @@ inline void bind_ppo_loss(py::module_& m) {
     entropy.floating().same_shape(log_prob, "the shape of log_prob");
     const bool is_double = log_prob.is_double() || inputs.values.is_double() || entropy.is_double();
     PpoLossArgs a{};
-    a.loss = inputs.args(params, log_prob, log_prob.ndim(), "the shape of log_prob", denominator, sum, is_double,
-                         threads);
+    a.loss =
+        inputs.args(params, log_prob, log_prob.ndim(), "the shape of log_prob", denominator, sum, is_double, threads);
     a.loss.entropy = entropy.stream();
     a.loss.grad_entropy = LossInputs::gradient(grad_entropy, entropy);
     a.log_prob = log_prob.stream();

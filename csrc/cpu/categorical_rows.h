@@ -291,9 +291,9 @@ inline void categorical_forward(const Categorical& c, int64_t first, int64_t n, 
   }
 }
 
-// Gradient of Σ d_log_prob·log_prob + d_entropy·entropy (either nullptr: 0) with respect to the logits of the same rows,
-// in the dtype of d_logits, which may be the logits' own memory. A row whose incoming gradients are both 0 gets 0,
-// whatever it holds: that is how a loss leaves rows out. past_cache: the result is too large to stay cached.
+// Gradient of Σ d_log_prob·log_prob + d_entropy·entropy (either nullptr: 0) with respect to the logits of the same
+// rows, in the dtype of d_logits, which may be the logits' own memory. A row whose incoming gradients are both 0 gets
+// 0, whatever it holds: that is how a loss leaves rows out. past_cache: the result is too large to stay cached.
 template <class T>
 inline void categorical_backward(const Categorical& c, int64_t first, int64_t n, const int64_t* index,
                                  const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy,

@@ -36,9 +36,13 @@ PF_INLINE void store16(const Vec<T>& v, To* to) {
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<To>(x[i]);
 }
 template <>
-PF_INLINE void store16<float, float>(const Vec<float>& v, float* to) { v.store(to); }
+PF_INLINE void store16<float, float>(const Vec<float>& v, float* to) {
+  v.store(to);
+}
 template <>
-PF_INLINE void store16<double, double>(const Vec<double>& v, double* to) { v.store(to); }
+PF_INLINE void store16<double, double>(const Vec<double>& v, double* to) {
+  v.store(to);
+}
 template <>
 PF_INLINE void store16<float, BFloat16>(const Vec<float>& v, BFloat16* to) {
   using R = Registers<float>;

@@ -56,11 +56,11 @@ bool set_isa(const char* name) {
 }
 
 #if PF_X86
-#define PF_DEFINE(op, Args)                 \
-  void op(const Args& args) {               \
-    if (level == 4) return v4::op(args);    \
-    if (level == 3) return v3::op(args);    \
-    base::op(args);                         \
+#define PF_DEFINE(op, Args)              \
+  void op(const Args& args) {            \
+    if (level == 4) return v4::op(args); \
+    if (level == 3) return v3::op(args); \
+    base::op(args);                      \
   }
 #else
 #define PF_DEFINE(op, Args) \

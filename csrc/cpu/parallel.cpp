@@ -7,7 +7,7 @@
 namespace pf {
 namespace {
 
-std::atomic<bool> pool_used{false};    // this process, or one that it was forked from before, started the pool
+std::atomic<bool> pool_used{false};  // this process, or one that it was forked from before, started the pool
 std::atomic<bool> forked_child{false};
 
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked_child = pool_used.load(); });

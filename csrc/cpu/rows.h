@@ -4,9 +4,9 @@
 namespace pf {
 namespace PF_ISA {
 
-constexpr int64_t kRowTile = 256;      // most rows that a row function takes
-constexpr int64_t kRowsInLanes = 64;   // up to this width sixteen rows lie side by side in the lanes
-constexpr int64_t kChunk = 1024;       // elements of a long row that stay in L1
+constexpr int64_t kRowTile = 256;     // most rows that a row function takes
+constexpr int64_t kRowsInLanes = 64;  // up to this width sixteen rows lie side by side in the lanes
+constexpr int64_t kChunk = 1024;      // elements of a long row that stay in L1
 
 // Rows of a tile, so that a tile's logits stay in L2 between forward and backward: whole vectors of rows, if it can.
 inline int64_t rows_per_tile(int64_t width) {

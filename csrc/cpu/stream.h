@@ -140,9 +140,7 @@ inline const T* read_tile(const Stream& s, int64_t first, int64_t n, const int64
 // Contiguous output from T: where the kernel may write directly, and the conversion where it may not.
 template <class T>
 inline T* tile_to_write(const Stream& s, int64_t first, int64_t n, T* scratch) {
-  return s.dtype == dtype_of<T>() && n % kLanes == 0
-             ? const_cast<T*>(static_cast<const T*>(s.data)) + first
-             : scratch;
+  return s.dtype == dtype_of<T>() && n % kLanes == 0 ? const_cast<T*>(static_cast<const T*>(s.data)) + first : scratch;
 }
 template <class T>
 inline void write(const Stream& s, int64_t first, int64_t n, const T* from) {

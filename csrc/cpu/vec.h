@@ -76,16 +76,16 @@ PF_BINARY(*)
 PF_BINARY(/)
 #undef PF_BINARY
 
-#define PF_COMPARE(op)                                             \
-  template <class T>                                               \
+#define PF_COMPARE(op)                                              \
+  template <class T>                                                \
   PF_INLINE Mask<T> operator op(const Vec<T>& a, const Vec<T>& b) { \
-    Mask<T> m;                                                     \
-    PF_EACH(i) m.r[i] = a.r[i] op b.r[i];                          \
-    return m;                                                      \
-  }                                                                \
-  template <class T>                                               \
+    Mask<T> m;                                                      \
+    PF_EACH(i) m.r[i] = a.r[i] op b.r[i];                           \
+    return m;                                                       \
+  }                                                                 \
+  template <class T>                                                \
   PF_INLINE Mask<T> operator op(const Vec<T>& a, T b) {             \
-    return a op Vec<T>(b);                                         \
+    return a op Vec<T>(b);                                          \
   }
 PF_COMPARE(<)
 PF_COMPARE(>)
@@ -95,11 +95,11 @@ PF_COMPARE(==)
 PF_COMPARE(!=)
 #undef PF_COMPARE
 
-#define PF_LOGIC(op)                                            \
-  template <class T>                                            \
-  PF_INLINE Mask<T> operator op(Mask<T> a, const Mask<T>& b) {  \
-    PF_EACH(i) a.r[i] = a.r[i] op b.r[i];                       \
-    return a;                                                   \
+#define PF_LOGIC(op)                                           \
+  template <class T>                                           \
+  PF_INLINE Mask<T> operator op(Mask<T> a, const Mask<T>& b) { \
+    PF_EACH(i) a.r[i] = a.r[i] op b.r[i];                      \
+    return a;                                                  \
   }
 PF_LOGIC(&)
 PF_LOGIC(|)

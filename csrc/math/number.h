@@ -26,10 +26,10 @@ struct ScalarOf<double> {
 template <class V>
 using scalar_t = typename ScalarOf<V>::type;
 
-#define PF_SCALAR(T)                                                       \
-  PF_FN T select(bool m, T a, T b) { return m ? a : b; }                   \
-  PF_FN T max_of(T a, T b) { return (a > b || a != a) ? a : b; }           \
-  PF_FN T min_of(T a, T b) { return (a < b || a != a) ? a : b; }           \
+#define PF_SCALAR(T)                                             \
+  PF_FN T select(bool m, T a, T b) { return m ? a : b; }         \
+  PF_FN T max_of(T a, T b) { return (a > b || a != a) ? a : b; } \
+  PF_FN T min_of(T a, T b) { return (a < b || a != a) ? a : b; } \
   PF_FN T abs_of(T a) { return a < 0 ? -a : (a == 0 ? T(0) : a); }
 PF_SCALAR(float)
 PF_SCALAR(double)

@@ -25,7 +25,8 @@ struct ValueTerm {
 };
 
 template <class V, class T>
-PF_FN auto value_term(const V& value, const V& old_value, const V& target, const LossParams& p, const LossNumbers<T>& c) {
+PF_FN auto value_term(const V& value, const V& old_value, const V& target, const LossParams& p,
+                      const LossNumbers<T>& c) {
   const V zero(T(0));
   V loss, grad;
   penalty(value - target, p.value_loss, c.huber_delta, loss, grad);

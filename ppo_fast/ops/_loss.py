@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ class Loss:
 
     def __call__(
         self,
-        inputs: tuple[Tensor | None, ...],
+        inputs: tuple[Any, ...],
         extra: tuple,
         config: LossConfig | None,
         specification: Callable[..., PPOLoss],
-        shape: torch.Size,
-        rollout: tuple[Tensor | None, ...],
+        shape: Any,
+        rollout: tuple[Any, ...],
         cu_seqlens: Tensor | None,
         denominator: float | Tensor | None,
         index: Tensor | None = None,
@@ -189,7 +190,7 @@ def weighting(
     config: LossConfig,
     shape: torch.Size,
     like: Tensor,
-    rollout: tuple[Tensor | None, ...],
+    rollout: tuple[Any, ...],
     denominator: float | Tensor | None,
     cu_seqlens: Tensor | None,
     index: Tensor | None,
@@ -215,13 +216,12 @@ def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def outputs(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def outputs(like: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss [] and the statistics [len(STATS)], for a kernel to fill."""
-    like = inputs[0]
-    dtype = compute_dtype(*inputs)
-    if like.dtype == dtype:  # type: ignore[union-attr]
-        return like.new_empty(()), like.new_empty(len(STATS))  # type: ignore[union-attr]
-    return like.new_empty((), dtype=dtype), like.new_empty(len(STATS), dtype=dtype)  # type: ignore[union-attr]
+    dtype = compute_dtype(like, *others)
+    if like.dtype == dtype:
+        return like.new_empty(()), like.new_empty(len(STATS))
+    return like.new_empty((), dtype=dtype), like.new_empty(len(STATS), dtype=dtype)
 
 
 def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:

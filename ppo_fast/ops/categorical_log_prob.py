@@ -90,7 +90,9 @@ def _check_shapes(logits: Tensor, actions: Tensor, action_mask: Tensor | None) -
 def _check_inplace(logits: Tensor) -> None:
     base = logits._base if logits._is_view() else logits
     if logits.is_leaf or (base.is_leaf and base.requires_grad):
-        raise ValueError(f"{_OP}: inplace_backward must not be used on a leaf that requires a gradient, or a view of one")
+        raise ValueError(
+            f"{_OP}: inplace_backward must not be used on a leaf that requires a gradient, or a view of one"
+        )
     if _backend._C.has_overlap(logits.detach()):
         raise ValueError(f"{_OP}: inplace_backward must not be used on logits whose elements share memory")
 
@@ -212,6 +214,4 @@ _backward_op = _library.define(
     _backward_kernel,
     _backward_fake,
 )
-_op = _library.define(
-    _OP, f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", _kernel, _fake, _setup_context, _autograd
-)
+_op = _library.define(_OP, f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", _kernel, _fake, _setup_context, _autograd)

@@ -85,6 +85,4 @@ def _fill(params, inputs, needed, extra, old_log_prob, advantages, old_values, r
     return loss, stats, *grads
 
 
-_op = _loss.Loss(
-    "ppo_loss", "the shape of log_prob", "Tensor log_prob, Tensor? values, Tensor? entropy", "", _fill
-)
+_op = _loss.Loss("ppo_loss", "the shape of log_prob", "Tensor log_prob, Tensor? values, Tensor? entropy", "", _fill)
