@@ -4,7 +4,10 @@
 #include "../cpu/dispatch.h"
 #include "categorical_log_prob.h"
 #include "categorical_ppo_loss.h"
+#include "discounted_returns.h"
+#include "gae.h"
 #include "ppo_loss.h"
+#include "vtrace.h"
 #include "whiten.h"
 
 namespace py = pybind11;
@@ -39,4 +42,7 @@ PYBIND11_MODULE(_C, m) {
   bind_whiten(m);
   bind_categorical_log_prob(m);
   bind_categorical_ppo_loss(m);
+  bind_gae(m);
+  bind_vtrace(m);
+  bind_discounted_returns(m);
 }
