@@ -33,9 +33,12 @@ def dlpack_include() -> Path:
 
 
 def tool(name: str) -> str:
-    """cmake or ninja: the one beside this Python, which a build environment has, else the one on PATH."""
-    beside = Path(sys.executable).parent
-    found = shutil.which(name, path=str(beside)) or shutil.which(name)
+    """cmake or ninja: that of the wheel among the build dependencies, which may not be on PATH, else the one on PATH."""
+    spec = importlib.util.find_spec(name)
+    found = None
+    if spec is not None and spec.origin:  # <prefix>/lib/python3.x/site-packages/<name>/__init__.py
+        found = shutil.which(name, path=str(Path(spec.origin).parents[4] / "bin"))
+    found = found or shutil.which(name)
     if found is None:
         raise SystemExit(f"ppo_fast: {name} not found; install the build dependencies of pyproject.toml")
     return found

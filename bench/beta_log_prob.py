@@ -13,7 +13,7 @@ from torch.distributions import Beta
 import ppo_fast as pf
 
 from .categorical_log_prob import named, upstream
-from .harness import OURS, Case, Workload, backward, compiled, double_leaf, leaf
+from .harness import OURS, Case, Workload, backward, compiled, double_leaf, gradients, leaf
 
 
 def eager(alpha, beta, actions):
@@ -39,7 +39,7 @@ def build(case: Case) -> Workload:
         wide = {k: double_leaf(v) for k, v in leaves.items()}
         out = named(pf.reference.beta_log_prob(wide["alpha"], wide["beta"], actions.double()))
         torch.autograd.backward(list(out.values()), [g.double() for g in given.values()])
-        return {**out, **{f"d {k}": v.grad for k, v in wide.items()}}
+        return {**out, **gradients(wide)}
 
     reads = [alpha, alpha, beta, beta, actions, actions, *given.values()]
     return Workload(providers, truth, "eager", reads)

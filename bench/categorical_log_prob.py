@@ -13,7 +13,7 @@ from torch.distributions import Categorical
 
 import ppo_fast as pf
 
-from .harness import COPY, OURS, Case, Target, Workload, backward, compiled, double_leaf, leaf
+from .harness import COPY, OURS, Case, Target, Workload, backward, compiled, double_leaf, gradients, leaf
 
 
 def vocabulary_formula(logits, actions):
@@ -50,10 +50,10 @@ def build(case: Case) -> Workload:
     ]
 
     def truth() -> dict[str, Tensor]:
-        wide = double_leaf(z)
-        out = named(pf.reference.categorical_log_prob(wide, actions))
+        wide = {"logits": double_leaf(z)}
+        out = named(pf.reference.categorical_log_prob(wide["logits"], actions))
         torch.autograd.backward(list(out.values()), [g.double() for g in given.values()])
-        return {**out, "d logits": wide.grad}
+        return {**out, **gradients(wide)}
 
     return Workload(providers, truth, "eager", [z, z, actions, actions, *given.values()])
 

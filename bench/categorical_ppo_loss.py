@@ -15,7 +15,7 @@ from torch.distributions import Categorical
 import ppo_fast as pf
 from ppo_fast.config import STATS
 
-from .harness import OURS, Case, Target, Workload, backward, compiled, double_leaf, grid, leaf
+from .harness import OURS, Case, Target, Workload, backward, compiled, double_leaf, gradients, grid, leaf
 from .ppo_loss import STATS_BYTES
 
 CONFIG = pf.LossConfig.preset("cleanrl")
@@ -54,8 +54,7 @@ def expected(out: pf.PPOLoss, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs and gradients of the reference, CleanRL's statistics also by name."""
     out.loss.backward()
     one_by_one = {k: out.stats.vector[STATS.index(k)] for k in CLEANRL_STATS}
-    gradients = {f"d {k}": v.grad for k, v in leaves.items()}
-    return {"loss": out.loss, "stats": out.stats.vector, **one_by_one, **gradients}
+    return {"loss": out.loss, "stats": out.stats.vector, **one_by_one, **gradients(leaves)}
 
 
 def rollout_of(log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -147,7 +147,7 @@ class Row:
 def backward(name: str, outputs: Callable[[], dict[str, Tensor]], leaves: dict[str, Tensor],
              upstream: dict[str, Tensor] | None = None) -> Provider:  # fmt: skip
     """Provider of forward + backward: `upstream` names the outputs that get a gradient; without it, "loss" does."""
-    gradients = None if upstream is None else list(upstream.values())
+    given = None if upstream is None else list(upstream.values())
 
     def prepare() -> None:
         for leaf in leaves.values():
@@ -155,11 +155,11 @@ def backward(name: str, outputs: Callable[[], dict[str, Tensor]], leaves: dict[s
 
     def run() -> dict[str, Tensor]:
         out = outputs()
-        torch.autograd.backward([out["loss"]] if upstream is None else [out[k] for k in upstream], gradients)
+        torch.autograd.backward([out["loss"]] if upstream is None else [out[k] for k in upstream], given)
         return out
 
     def read(out: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**out, **{f"d {k}": leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}}
+        return {**out, **gradients(leaves)}
 
     return Provider(name, run, read, prepare)
 
@@ -168,6 +168,11 @@ def compiled(formula: Callable) -> Callable:
     """`torch.compile` of the eager formula at this shape and thread count; nothing kept of earlier compilations."""
     torch._dynamo.reset()
     return torch.compile(formula, dynamic=False)
+
+
+def gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every leaf that has one, as "d <name>"."""
+    return {f"d {name}": x.grad for name, x in leaves.items() if x.grad is not None}
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -302,6 +307,7 @@ def silent() -> Iterator[None]:
 
 def peak_memory(provider: Provider) -> int:
     """Most bytes allocated at once during one call, results and gradients included, by torch's own allocator."""
+    assert provider.run is not None
     if provider.prepare is not None:
         provider.prepare()
     with silent(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -363,13 +369,13 @@ def _estimate(provider: Provider) -> float:
 
 def _turn(provider: Provider, samples: Samples) -> None:
     """A few calls in a row. Where calls are short the first is not counted: it meets the neighbour's data in the caches."""
-    began = time.perf_counter()
+    began, run = time.perf_counter(), provider.run
+    assert run is not None
     if samples.calls_a_turn > 1:
         provider.call()
     for _ in range(samples.calls_a_turn):
         if provider.prepare is not None:
             provider.prepare()
-        run = provider.run
         start = time.perf_counter()
         result = run()
         samples.seconds.append(time.perf_counter() - start)

@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 import ppo_fast as pf
 
 from .categorical_log_prob import named, upstream
-from .harness import OURS, Case, Workload, backward, compiled, double_leaf, leaf
+from .harness import OURS, Case, Workload, backward, compiled, double_leaf, gradients, leaf
 
 NVEC = (3, 3, 4, 25, 25, 8, 8)  # seven heads of different sizes, as a real-time strategy game has
 
@@ -37,10 +37,10 @@ def build(case: Case) -> Workload:
     ]
 
     def truth() -> dict[str, Tensor]:
-        wide = double_leaf(z)
-        out = named(pf.reference.multi_categorical_log_prob(wide, actions, NVEC))
+        wide = {"logits": double_leaf(z)}
+        out = named(pf.reference.multi_categorical_log_prob(wide["logits"], actions, NVEC))
         torch.autograd.backward(list(out.values()), [g.double() for g in given.values()])
-        return {**out, "d logits": wide.grad}
+        return {**out, **gradients(wide)}
 
     return Workload(providers, truth, "eager", [z, z, actions, actions, *given.values()])
 

@@ -13,7 +13,7 @@ from torch.distributions import Normal
 import ppo_fast as pf
 
 from .categorical_log_prob import named, upstream
-from .harness import OURS, Case, Workload, backward, compiled, double_leaf, leaf
+from .harness import OURS, Case, Workload, backward, compiled, double_leaf, gradients, leaf
 
 
 def eager(mean, log_std, actions):
@@ -38,7 +38,7 @@ def build(case: Case) -> Workload:
         wide = {k: double_leaf(v) for k, v in leaves.items()}
         out = named(pf.reference.normal_log_prob(wide["mean"], wide["log_std"], actions.double()))
         torch.autograd.backward(list(out.values()), [g.double() for g in given.values()])
-        return {**out, **{f"d {k}": v.grad for k, v in wide.items()}}
+        return {**out, **gradients(wide)}
 
     reads = [mean, mean, actions, actions, log_std, log_std, *given.values()]
     return Workload(providers, truth, "eager", reads)

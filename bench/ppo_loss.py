@@ -12,7 +12,20 @@ from torch import Tensor
 import ppo_fast as pf
 from ppo_fast.config import STATS
 
-from .harness import COPY, OURS, Case, Provider, Target, Workload, backward, compiled, double_leaf, grid, leaf
+from .harness import (
+    COPY,
+    OURS,
+    Case,
+    Provider,
+    Target,
+    Workload,
+    backward,
+    compiled,
+    double_leaf,
+    gradients,
+    grid,
+    leaf,
+)
 
 CLIP, VALUE_COEF, ENTROPY_COEF = 0.2, 0.5, 0.01
 CONFIG = pf.LossConfig(value_clip=CLIP, value_coef=VALUE_COEF, entropy_coef=ENTROPY_COEF)
@@ -77,7 +90,7 @@ def build(case: Case) -> Workload:
         out = pf.reference.ppo_loss(wide["log_prob"], old, adv, CONFIG, values=wide["values"], old_values=old_v,
                                     returns=ret, entropy=wide["entropy"])  # fmt: skip
         out.loss.backward()
-        return {"loss": out.loss, "stats": out.stats.vector, **{f"d {k}": v.grad for k, v in wide.items()}}
+        return {"loss": out.loss, "stats": out.stats.vector, **gradients(wide)}
 
     return Workload(providers, truth, "eager", [*learned, *rollout])
 

@@ -65,7 +65,9 @@ def _cells(row: Row | None, wide: bool) -> list[str | Text]:
         return [first, *[""] * (4 if wide else 2)]
     share = "" if row.copy_share is None or row.provider == COPY else f"{row.copy_share:.0%}"
     faster = "" if row.ours_faster is None or row.provider in (OURS, *YARDSTICKS) else factor(row.ours_faster)
-    extra = [Text(f"±{(row.p80 - row.p20) / 2 / row.p50:.0%}", style="dim"), f"{bandwidth(row):.3g}"] if wide else []
+    extra: list[str | Text] = []
+    if wide:
+        extra = [Text(f"±{(row.p80 - row.p20) / 2 / row.p50:.0%}", style="dim"), f"{bandwidth(row):.3g}"]
     return [microseconds(row.p50), *extra, share, Text(faster, style="bold")]
 
 
@@ -116,8 +118,8 @@ def _verdict(target: Target, got: float | None, group: list[Row]) -> Text:
 
 def target_table(rows: list[Row]) -> Table | None:
     threads = sorted({row.threads for row in rows})
-    table = Table(title=f"targets, judged at {threads[-1]} thread{'s' * (threads[-1] > 1)}", title_style="bold", title_justify="left",
-                  box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
+    title = f"targets, judged at {threads[-1]} thread{'s' * (threads[-1] > 1)}"
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     table.add_column("target")
     for n in threads:
@@ -150,7 +152,7 @@ def print_table(rows: list[Row], facts: dict[str, str], console: Console | None 
     targets = target_table(rows)
     if targets is not None:
         console.print(targets)
-    if disturbed := {row.case.name: row.others for row in rows if row.disturbed}:
+    if disturbed := {row.case.name: row.others or 0.0 for row in rows if row.disturbed}:
         console.print(f"Other processes kept up to {max(disturbed.values()):.1f} cores busy during {len(disturbed)} of "
                       f"{len(by_case(rows))} cases: these times prove nothing. Run again on a calm machine.",
                       style="bold yellow")  # fmt: skip

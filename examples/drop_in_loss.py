@@ -59,7 +59,7 @@ def main() -> None:
             total, approx_kl = loss(logits, values, rollout, index)
             gradients = torch.autograd.grad(total, (logits, values))
         results[loss] = total.detach(), approx_kl, *gradients
-        print(f"{loss.__name__:<12} {(time.perf_counter() - start) / 200 * 1e6:7.1f} µs, loss {float(total):.6f}")
+        print(f"{loss.__name__:<12} {(time.perf_counter() - start) / 200 * 1e6:7.1f} µs, loss {total.item():.6f}")
     for a, b in zip(*results.values(), strict=True):
         torch.testing.assert_close(a, b)
     print("loss, approx_kl and all gradients agree")

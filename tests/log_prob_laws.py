@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ISAS, _C, as_double, assert_as_good
+from conftest import _C, ISAS, as_double, assert_as_good
 
 
 def gradients(op, inputs, seed=0):

@@ -6,7 +6,10 @@
 #include "categorical_ppo_loss.h"
 #include "normal_log_prob.h"
 #include "normal_ppo_loss.h"
+#include "discounted_returns.h"
+#include "gae.h"
 #include "ppo_loss.h"
+#include "vtrace.h"
 #include "whiten.h"
 
 namespace py = pybind11;
@@ -43,4 +46,7 @@ PYBIND11_MODULE(_C, m) {
   bind_normal_log_prob(m);
   bind_normal_ppo_loss(m);
   m.attr("MAX_ROW_BLOCKS") = pf::kMaxRowBlocks;
+  bind_gae(m);
+  bind_vtrace(m);
+  bind_discounted_returns(m);
 }

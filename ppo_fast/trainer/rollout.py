@@ -74,6 +74,13 @@ class Collector:
             shape = (self.config.num_steps + 1, self.config.num_envs, self.policy.mask_width)
             self.masks = torch.ones(shape, dtype=torch.bool)
             self.mask_reader.write(obs, info, self.masks[-1].numpy())
+        self._rows = self._views()
+
+    def _views(self) -> tuple[Any, ...]:
+        """The rows of all buffers, once: slicing them in every rollout takes as long as an update step."""
+        tensors = self.obs, self.params, self.noise, self.actions
+        masks = [None] * len(self.obs) if self.masks is None else self.masks.unbind()
+        return *(x.unbind() for x in tensors), masks, list(self.raw_obs.numpy()), list(self.actions.numpy())
 
     def collect(self) -> None:
         """Fills the buffers with `num_steps` steps, starting where the last rollout ended."""
@@ -90,14 +97,7 @@ class Collector:
 
     def _loop(self) -> None:
         actor, policy, log_std, step = self.net.actor, self.policy, self.net.log_std, self.envs.step
-        obs, params, noise, actions = (
-            self.obs.unbind(),
-            self.params.unbind(),
-            self.noise.unbind(),
-            self.actions.unbind(),
-        )
-        raw_rows, action_rows = list(self.raw_obs.numpy()), list(self.actions.numpy())
-        masks = [None] * len(raw_rows) if self.masks is None else self.masks.unbind()
+        obs, params, noise, actions, masks, raw_rows, action_rows = self._rows
         same_step = self.config.autoreset == "same_step"
         for t in range(len(self.rewards)):
             if not same_step:
