@@ -16,7 +16,7 @@ import ppo_fast as pf
 from ppo_fast.config import STATS
 
 from .harness import OURS, Case, Target, Workload, backward, compiled, double_leaf, gradients, grid, leaf
-from .ppo_loss import STATS_BYTES
+from .ppo_loss import LOSS_SCALE, STATS_BYTES
 
 CONFIG = pf.LossConfig.preset("cleanrl")
 CLEANRL_STATS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clip_fraction")
@@ -93,7 +93,7 @@ def build(case: Case) -> Workload:
         return expected(out, wide)
 
     reads = [z, actions, advantages, values, *rollout]
-    return Workload(providers, truth, "eager", reads, peers_only=CLEANRL_STATS)
+    return Workload(providers, truth, "eager", reads, peers_only=CLEANRL_STATS, scales=LOSS_SCALE)
 
 
 def _case(rows: int, n: int, *targets: Target, quick: bool = False, remark: str = "") -> Case:

@@ -115,6 +115,7 @@ class Workload:
     yardstick: str  # the provider whose rounding error the rule allows twice: the eager formula
     reads: list[Tensor]
     peers_only: tuple[str, ...] = ()  # outputs in `truth` that only peers have
+    scales: dict[str, float] = field(default_factory=dict)  # magnitude of the terms of an output whose sum cancels
 
 
 @dataclass
@@ -191,8 +192,8 @@ def grid(x: Tensor) -> Tensor:
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-def deviation(x: Tensor, truth: Tensor) -> float:
-    """Largest error over the truth's largest magnitude; infinite where one is finite and the other is not."""
+def deviation(x: Tensor, truth: Tensor, least: float = 0.0) -> float:
+    """Largest error over the truth's largest magnitude, or `least`; infinite where only one of them is finite."""
     x, truth = x.detach().double(), truth.detach().double()
     if x.shape != truth.shape:
         return float("inf")
@@ -202,20 +203,21 @@ def deviation(x: Tensor, truth: Tensor) -> float:
         return float("inf")
     if not bool(finite.any()):
         return 0.0
-    error, scale = (x - truth)[finite].abs().max().item(), truth[finite].abs().max().item()
+    error, scale = (x - truth)[finite].abs().max().item(), max(least, truth[finite].abs().max().item())
     return error / scale if scale else (0.0 if error == 0.0 else float("inf"))
 
 
 def refusal(ours: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor],
-            ulps: float = 8.0) -> str:  # fmt: skip
+            scales: dict[str, float], ulps: float = 8.0) -> str:  # fmt: skip
     """Why our result does not pass, or "". The rule: at most twice the eager formula's error, plus a few ulp."""
     for name, expected in truth.items():
         if name not in ours:
             return f"{name} is missing"
         allowed = ulps * torch.finfo(ours[name].dtype).eps
-        if name in eager and (theirs := deviation(eager[name], expected)) != float("inf"):
+        least = scales.get(name, 0.0)
+        if name in eager and (theirs := deviation(eager[name], expected, least)) != float("inf"):
             allowed += 2.0 * theirs
-        error = deviation(ours[name], expected)
+        error = deviation(ours[name], expected, least)
         if not error <= allowed:
             return f"{name}: error {error:.1e}, allowed {allowed:.1e}"
     return ""
@@ -263,7 +265,10 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
             continue
         if not p.single_thread:
             row.peak_bytes = peak_memory(p)
-        row.error = max((deviation(x, truth[k]) for k, x in results[p.name].items() if k in truth), default=None)
+        row.error = max(
+            (deviation(x, truth[k], workload.scales.get(k, 0.0)) for k, x in results[p.name].items() if k in truth),
+            default=None,
+        )
         if p.name != OURS and row.error is not None and row.error > SOMETHING_ELSE:
             row.status, row.note = "differs", "computes something else"
         elif p.name in wanted:
@@ -271,7 +276,7 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
     by_name = {row.provider: row for row in rows}
     if OURS in by_name:
         due = {k: v for k, v in truth.items() if k not in workload.peers_only}
-        why = refusal(results.get(OURS, {}), results.get(workload.yardstick, {}), due)
+        why = refusal(results.get(OURS, {}), results.get(workload.yardstick, {}), due, workload.scales)
         if by_name[OURS].status == "failed" or why:
             by_name[OURS].status, by_name[OURS].note = "parity failed", by_name[OURS].note or why
             return rows

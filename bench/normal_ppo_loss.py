@@ -15,7 +15,7 @@ import ppo_fast as pf
 from .categorical_ppo_loss import CLEANRL_STATS, CONFIG, cleanrl_loss, expected, named, rollout_of
 from .harness import OURS, Case, Target, Workload, backward, compiled, double_leaf, grid, leaf
 from .normal_log_prob import eager as eager_log_prob
-from .ppo_loss import STATS_BYTES
+from .ppo_loss import LOSS_SCALE, STATS_BYTES
 
 
 def eager(mean, log_std, values, actions, *rollout):
@@ -51,7 +51,7 @@ def build(case: Case) -> Workload:
         return expected(out, wide)
 
     reads = [mean, log_std, actions, advantages, values, *rollout]
-    return Workload(providers, truth, "eager", reads, peers_only=CLEANRL_STATS)
+    return Workload(providers, truth, "eager", reads, peers_only=CLEANRL_STATS, scales=LOSS_SCALE)
 
 
 def _case(rows: int, n: int, *targets: Target, quick: bool = False, remark: str = "") -> Case:

@@ -29,6 +29,8 @@ from .harness import (
 
 CLIP, VALUE_COEF, ENTROPY_COEF = 0.2, 0.5, 0.01
 CONFIG = pf.LossConfig(value_clip=CLIP, value_coef=VALUE_COEF, entropy_coef=ENTROPY_COEF)
+#: A policy loss is a mean of terms A·r of magnitude 1 and either sign: its own magnitude says nothing about rounding.
+LOSS_SCALE = {"loss": 1.0, "policy_loss": 1.0}
 STATS_BYTES = 4 * (1 + len(STATS))  # the loss and its statistics
 
 
@@ -92,7 +94,7 @@ def build(case: Case) -> Workload:
         out.loss.backward()
         return {"loss": out.loss, "stats": out.stats.vector, **gradients(wide)}
 
-    return Workload(providers, truth, "eager", [*learned, *rollout])
+    return Workload(providers, truth, "eager", [*learned, *rollout], scales=LOSS_SCALE)
 
 
 def _case(n: int, *targets: Target, quick: bool = False) -> Case:

@@ -36,9 +36,11 @@ def test_speed(benchmark, name: str, peer: str) -> None:
     if peer == OURS:
         yardstick = next(p for p in workload.providers if p.name == workload.yardstick)
         due = {k: v for k, v in truth.items() if k not in workload.peers_only}
-        assert not refusal(got, yardstick.read(yardstick.call()), due)
+        assert not refusal(got, yardstick.read(yardstick.call()), due, workload.scales)
     else:
-        assert all(deviation(x, truth[k]) < SOMETHING_ELSE for k, x in got.items() if k in truth)
+        assert all(
+            deviation(x, truth[k], workload.scales.get(k, 0.0)) < SOMETHING_ELSE for k, x in got.items() if k in truth
+        )
     benchmark.group = name
     benchmark.extra_info.update(bytes=CASES[name].bytes, threads=torch.get_num_threads())
     benchmark.pedantic(provider.run, setup=provider.prepare, rounds=30, warmup_rounds=3)

@@ -84,8 +84,8 @@ def test_a_right_result_gets_one(tmp_path, monkeypatch):
 
 def test_a_missing_gradient_is_refused():
     truth = {"y": torch.ones(3), "d x": torch.ones(3)}
-    assert "d x is missing" in harness.refusal({"y": torch.ones(3)}, {}, truth)
-    assert harness.refusal(dict(truth), {}, truth) == ""
+    assert "d x is missing" in harness.refusal({"y": torch.ones(3)}, {}, truth, {})
+    assert harness.refusal(dict(truth), {}, truth, {}) == ""
 
 
 def test_the_rule_is_twice_eager_plus_a_few_ulp():
@@ -94,9 +94,16 @@ def test_the_rule_is_twice_eager_plus_a_few_ulp():
     def off(by):
         return {"y": torch.full((4,), 1.0 + by)}
 
-    assert harness.refusal(off(7 * eps), off(0.0), truth) == ""
-    assert harness.refusal(off(12 * eps), off(0.0), truth) != ""
-    assert harness.refusal(off(12 * eps), off(4 * eps), truth) == ""
+    assert harness.refusal(off(7 * eps), off(0.0), truth, {}) == ""
+    assert harness.refusal(off(12 * eps), off(0.0), truth, {}) != ""
+    assert harness.refusal(off(12 * eps), off(4 * eps), truth, {}) == ""
+
+
+def test_sums_that_cancel_are_judged_by_what_was_summed():
+    truth, eps = {"loss": torch.tensor(0.01, dtype=torch.float64)}, torch.finfo(torch.float32).eps
+    ours = {"loss": torch.tensor(0.01 + 4 * eps)}
+    assert harness.refusal(ours, {}, truth, {}) != ""
+    assert harness.refusal(ours, {}, truth, {"loss": 1.0}) == ""
 
 
 def test_peers_that_break_or_compute_something_else_have_no_time():
@@ -133,7 +140,7 @@ def test_declared_bytes_are_those_of_the_tensors(op):
     assert set(written) == set(truth) - set(workload.peers_only)
     assert case.bytes == sum(t.nbytes for t in [*workload.reads, *written.values()])
     assert case.flops > 0
-    assert harness.refusal(written, {}, {k: truth[k] for k in written}, ulps=64.0) == ""
+    assert harness.refusal(written, {}, {k: truth[k] for k in written}, workload.scales, ulps=64.0) == ""
 
 
 def test_every_op_has_a_quick_case_and_names_are_unique():
