@@ -47,14 +47,15 @@ class Learner:
         done = rollout.terminated | rollout.truncated
         rewards = raw if normalizer is None else normalizer(raw, done, rollout.valid)
         values = net.critic(rollout.obs.view((t + 1) * n, -1)).view(t + 1, n)
+        final_values = rollout.final_values(values)
         filler = self.config.autoreset == "next_step"
         advantages, returns = pf.gae(
             torch.from_numpy(rewards.astype(np.float32)),
             values[:-1],
             values[-1],
             terminated=torch.from_numpy(rollout.terminated),
-            truncated=torch.from_numpy(rollout.truncated),
-            final_values=rollout.final_values(values),
+            truncated=None if final_values is None else torch.from_numpy(rollout.truncated & ~rollout.terminated),
+            final_values=final_values,
             mask=torch.from_numpy(rollout.valid) if filler else None,
             gamma=self.config.gamma,
             lam=self.config.gae_lambda,
