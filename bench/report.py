@@ -111,9 +111,9 @@ def _notes(rows: list[Row]) -> dict[str, list[str]]:
 def _verdict(target: Target, got: float | None, group: list[Row]) -> Text:
     if got is None:
         return Text("not measured", style="dim")
-    met = got >= target.at_least
-    busy = ", machine busy" if any(row.disturbed for row in group) else ""
-    return Text(("met" if met else "missed") + busy, style="yellow" if busy else "green" if met else "bold red")
+    if any(row.disturbed for row in group):
+        return Text("no verdict: machine busy", style="yellow")
+    return Text("met", style="green") if got >= target.at_least else Text("missed", style="bold red")
 
 
 def target_table(rows: list[Row]) -> Table | None:
