@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .harness import LABELS, OURS, SHORT, YARDSTICKS, Row
+from .harness import CLONE, LABELS, OURS, SHORT, YARDSTICKS, Row
 from .report import by_case, factor, microseconds
 
 INK, SOFT, GREEN, GREY, PALE, LINE = "#22272e", "#7a828c", "#0b8457", "#b8c0cc", "#dfe4ea", "#eceff2"
 #: Inches.
-BAR, TITLE, TICKS, HEAD, LABEL, PANEL, GAP = 0.24, 0.55, 0.26, 1.0, 1.3, 3.5, 0.25
+BAR, TITLE, TICKS, HEAD, LABEL, PANEL, GAP = 0.24, 0.55, 0.26, 1.0, 1.45, 3.5, 0.2
 
 
 def duration(seconds: float) -> str:
@@ -80,6 +80,7 @@ def panels(rows: list[Row], facts: dict[str, str], path: Path, columns: int = 3)
     """Writes the picture; False where there is no time to show."""
     threads = max((row.threads for row in rows), default=1)
     groups = [[r for r in group if r.calls and r.threads == threads] for _, group in by_case(rows)]
+    groups = [[r for r in g if r.provider != CLONE or (r.copy_share or 0.0) < 0.7] for g in groups]  # where it differs
     groups = headlines([g for g in groups if any(r.provider == OURS for r in g)])
     if not groups:
         return False
