@@ -11,13 +11,14 @@ Public names are those of `__all__`; `help(pf.<name>)` gives formula, shapes, gr
 
 from ._backend import explain, use_backend
 from .config import LossConfig
+from .ops.bernoulli_log_prob import bernoulli_log_prob
+from .ops.beta_log_prob import beta_log_prob
 from .ops.categorical_log_prob import categorical_log_prob
+from .ops.multi_categorical_log_prob import multi_categorical_log_prob
 from .ops.normal_log_prob import normal_log_prob
 from .ops.ppo_loss import ppo_loss
 from .outputs import PPOLoss, Stats
-from .reference import (beta_log_prob, bernoulli_log_prob, categorical_ppo_loss,
-                        discounted_returns, gae, multi_categorical_log_prob, normal_ppo_loss, vtrace,
-                        whiten)
+from .reference import categorical_ppo_loss, discounted_returns, gae, normal_ppo_loss, vtrace, whiten
 
 __version__ = "0.1.0"
 __all__ = [

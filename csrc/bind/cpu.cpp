@@ -2,7 +2,10 @@
 #include <cstdlib>
 
 #include "../cpu/dispatch.h"
+#include "bernoulli_log_prob.h"
+#include "beta_log_prob.h"
 #include "categorical_log_prob.h"
+#include "multi_categorical_log_prob.h"
 #include "normal_log_prob.h"
 #include "ppo_loss.h"
 
@@ -36,6 +39,9 @@ PYBIND11_MODULE(_C, m) {
 
   bind_ppo_loss(m);
   bind_categorical_log_prob(m);
+  bind_multi_categorical_log_prob(m);
+  bind_bernoulli_log_prob(m);
   bind_normal_log_prob(m);
+  bind_beta_log_prob(m);
   m.attr("MAX_ROW_BLOCKS") = pf::kMaxRowBlocks;
 }

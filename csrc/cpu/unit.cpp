@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #if PF_X86
 #include <immintrin.h>
 #endif
