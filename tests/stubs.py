@@ -22,8 +22,7 @@ from typing import Any, TypeAlias
 #: A tensor of any library that speaks DLPack, on the CPU; None where the op does without.
 Array: TypeAlias = Any
 
-#: Names of the statistics, in order; ppo_fast.config.STATS is the same.
-STATS: tuple[str, ...]
+{attributes}
 
 class LossParams:
     """A LossConfig as C++ has it."""
@@ -51,7 +50,10 @@ def names_in_csrc() -> dict[str, list[str]]:
 
 def stub(module) -> str:
     names, lines = names_in_csrc(), []
-    for op in sorted(x for x in dir(module) if not x.startswith("_") and callable(getattr(module, x))):
+    public = sorted(x for x in dir(module) if not x.startswith("_"))
+    kinds = {x: type(getattr(module, x)).__name__ for x in public if not callable(getattr(module, x))}
+    attributes = [f"{x}: {'tuple[str, ...]' if kind == 'tuple' else kind}" for x, kind in kinds.items()]
+    for op in (x for x in public if x not in kinds):
         if op == "LossParams":
             continue
         signature, *rest = getattr(module, op).__doc__.strip().splitlines()
@@ -67,7 +69,7 @@ def stub(module) -> str:
             line = f"def {op}(\n    " + ",\n    ".join(text) + f",\n) -> {TYPES.get(result, result)}:"
         doc = [r for r in rest if r.strip()]
         lines.append(f'{line}\n    """{doc[0].strip()}"""\n' if doc else f"{line} ...")
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD.replace("{attributes}", "\n".join(attributes)) + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -421,7 +421,7 @@ void scan(const ScanArgs& a, Make&& make) {
     const auto op = make(zero);
     plain ? scan_as<decltype(op), T, true>(a, op) : scan_as<decltype(op), T, false>(a, op);
   };
-  a.is_double ? run(double{}) : run(float{});
+  by_dtype(a.is_double, run);
 }
 
 }  // namespace

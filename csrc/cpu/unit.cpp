@@ -7,6 +7,7 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <utility>
 #if PF_X86
 #include <immintrin.h>
 #endif
@@ -32,4 +33,5 @@
 #include "../math/elementary.h"
 #include "stream.h"
 #include "convert.h"
+#include "dtype.h"
 #include PF_OP_BODY

@@ -4,6 +4,8 @@
 
 #if defined(__CUDACC__)
 #define PF_FN __host__ __device__ inline
+#elif defined(PF_INLINE)
+#define PF_FN PF_INLINE
 #else
 #define PF_FN inline __attribute__((always_inline))
 #endif

@@ -128,7 +128,7 @@ class Trainer:
             "rewards": None if self.reward_normalizer is None else self.reward_normalizer.state_dict(),
         }
         return {
-            "parameters": self.net.state_dict(), "optimizer": self.learner.state_dict(), "normalizers": normalizers,
+            "parameters": self.net.state_dict(), "optimizer": self.learner.optimizer.state_dict(), "normalizers": normalizers,
             "generator": self.generator.get_state(), "global_rng": checkpoint.global_rng_state(),
             "envs": envs, "collector": self.collector.state_dict(),
             "now": {"global_step": now.global_step, "iteration": now.iteration, "episodes": now.episodes,
@@ -138,7 +138,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Puts everything back; False if the environments did not replay to the observations of the checkpoint."""
         self.net.load_state_dict(state["parameters"])
-        self.learner.load_state_dict(state["optimizer"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
         if self.obs_normalizer is not None:
             self.obs_normalizer.moments.load_state_dict(state["normalizers"]["observations"])
         if self.reward_normalizer is not None:

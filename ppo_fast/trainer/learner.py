@@ -13,6 +13,7 @@ from .config import ControlConfig
 from .errors import UserError
 from .networks import ActorCritic
 from .normalize import RewardNormalizer
+from .optimizer import Adam
 from .policies import Batch, Policy
 from .rollout import Collector
 
@@ -36,7 +37,7 @@ class Learner:
     def __init__(self, config: ControlConfig, policy: Policy, net: ActorCritic, generator: torch.Generator) -> None:
         self.config, self.policy, self.net, self.generator = config, policy, net, generator
         self.loss_config = loss_config(config)
-        self.optimizer = torch.optim.Adam([net.parameter], lr=config.learning_rate, eps=config.adam_eps, fused=True)
+        self.optimizer = Adam(net.flat, net.grad, config.adam_eps)
 
     @torch.no_grad()
     def batch(self, rollout: Collector, normalizer: RewardNormalizer | None) -> Batch:
@@ -72,16 +73,16 @@ class Learner:
     def update(self, batch: Batch, rows: Tensor, learning_rate: float) -> tuple[Tensor, int]:
         """Epochs over the `rows` of a batch; mean statistics (and gradient norm, last) and the gradient steps taken."""
         config, net, optimizer = self.config, self.net, self.optimizer
-        optimizer.param_groups[0]["lr"] = learning_rate
         stats, norms = [], []
         for _ in range(config.update_epochs):
             order = rows[torch.randperm(len(rows), generator=self.generator)]
             for index in order.tensor_split(min(config.num_minibatches, len(rows))):
-                params, values, log_std = net(batch.obs[index])
-                out = self.policy.loss(params, log_std, values, batch, index, self.loss_config)
+                forward = net.forward(batch.obs[index])
+                out = self.policy.loss(forward.params, forward.log_std, forward.values, batch, index, self.loss_config)
                 out.loss.backward()
+                net.backward(forward)
                 norms.append(net.clip_grad_norm(config.max_grad_norm))
-                optimizer.step()
+                optimizer.step(learning_rate)
                 stats.append(out.stats.vector)
             if config.target_kl is not None and float(stats[-1][_APPROX_KL]) > config.target_kl:
                 break
@@ -92,15 +93,3 @@ class Learner:
                 f"than {config.learning_rate:g} and {config.clip_coef:g}, or rewards of smaller scale"
             )
         return torch.cat([torch.stack(stats).mean(0), norm[None]]), len(stats)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = self.optimizer.state[self.net.parameter]
-        return {name: state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        flat = self.net.flat
-        if state["exp_avg"].shape != flat.shape or state["exp_avg_sq"].shape != flat.shape:
-            raise ValueError(f"optimiser state of {tuple(state['exp_avg'].shape)}, expected {tuple(flat.shape)}")
-        self.optimizer.state[self.net.parameter] = {
-            name: state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")
-        }

@@ -1,4 +1,4 @@
-"""Policy and value network: two tanh MLPs whose parameters, gradients and moments are one flat vector each.
+"""Policy and value network: two tanh MLPs whose parameters and gradients are one flat vector each.
 
 At 64 units and 128 rows a step of autograd, clipping and Adam spends most of its time between the operations, not in
 them. So all parameters are views of one vector: clipping is one norm, Adam updates one tensor. And forward and backward
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,30 +71,24 @@ class MLP:
                 grad = torch.ops.aten.tanh_backward(grad @ self.weights[i], inputs[i])
 
 
-class _Forward(torch.autograd.Function):
-    """Both networks as one node. Its backward writes into `flat.grad`, in place of what was there."""
+class Forward(NamedTuple):
+    """A forward pass: leaves for a loss to put gradients on, and what `ActorCritic.backward` needs."""
 
-    @staticmethod
-    def forward(ctx, flat: Tensor, obs: Tensor, net: ActorCritic) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        actor_inputs, params = net.actor.layer_inputs(obs)
-        critic_inputs, values = net.critic.layer_inputs(obs)
-        ctx.net, ctx.inputs = net, (actor_inputs, critic_inputs)
-        return params, values.view(-1), net.log_std.clone()
+    params: Tensor  # logits or means, [rows, num_params]
+    values: Tensor  # [rows]
+    log_std: Tensor
+    actor_inputs: list[Tensor]
+    critic_inputs: list[Tensor]
 
-    @staticmethod
-    def backward(ctx, params: Tensor, values: Tensor, log_std: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        net = ctx.net
-        actor_inputs, critic_inputs = ctx.inputs
-        net.actor.backward(actor_inputs, params)
-        net.critic.backward(critic_inputs, values.view(-1, 1))
-        net.log_std_grad.copy_(log_std)
-        return None, None, None
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 class ActorCritic:
     """CleanRL's agent: separate tanh MLPs for policy and value, and log_std that does not depend on the state.
 
-    `flat` is the only parameter for an optimiser; `named_parameters` are its views. `log_std` has `num_log_std`
+    `flat` and `grad` are what an optimiser takes; `named_parameters` are views of `flat`. `log_std` has `num_log_std`
     entries, 0 for discrete actions.
     """
 
@@ -116,12 +111,21 @@ class ActorCritic:
         self.actor.init(0.01, generator)
         self.critic.init(1.0, generator)
         self.log_std.fill_(initial_log_std)
-        self.parameter = torch.nn.Parameter(self.flat)  # shares its memory
-        self.parameter.grad = self.grad
 
-    def __call__(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, obs] -> logits or mean [rows, num_params], values [rows], log_std; differentiable."""
-        return _Forward.apply(self.parameter, obs, self)
+    def forward(self, obs: Tensor) -> Forward:
+        """[rows, obs] through both networks."""
+        actor_inputs, params = self.actor.layer_inputs(obs)
+        critic_inputs, values = self.critic.layer_inputs(obs)
+        values, log_std = values.view(-1), self.log_std.clone()
+        for leaf in (params, values, log_std):
+            leaf.requires_grad_()
+        return Forward(params, values, log_std, actor_inputs, critic_inputs)
+
+    def backward(self, out: Forward) -> None:
+        """Carries the gradients that a loss left on `out` to `grad`, in place of what was there."""
+        self.actor.backward(out.actor_inputs, _gradient(out.params))
+        self.critic.backward(out.critic_inputs, _gradient(out.values).view(-1, 1))
+        self.log_std_grad.copy_(_gradient(out.log_std))
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_: scales the gradient to `max_norm` where it is longer; the norm before."""
