@@ -3,6 +3,7 @@
 // depends on its width only, so a row alone has the same bits as in any batch.
 #pragma once
 #include "rows.h"
+#include "wide.h"
 #include "../math/categorical.h"
 
 namespace pf {
@@ -132,6 +133,10 @@ inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, 
   write_lanes(d_logits, first + at, n, z);
 }
 
+// Vectors in step: as many as four registers hold.
+template <class T>
+constexpr int kInStep = Registers<T>::kCount >= 4 ? 1 : 4 / Registers<T>::kCount;
+
 // One long row, chunk by chunk: one pass over memory. Sums are relative to the largest logit so far, in double.
 template <class T>
 struct RowSums {
@@ -160,22 +165,27 @@ struct RowSums {
       sum *= e[0];
     }
     largest = now;
-    const V shift(now == -std::numeric_limits<T>::infinity() ? T(0) : now), inverse(inverse_temperature);
-    V s[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))}, w[4] = {V(T(0)), V(T(0)), V(T(0)), V(T(0))};
+    const T shift = now == -std::numeric_limits<T>::infinity() ? T(0) : now;
+    Wide<T, 4> s(T(0)), w(T(0));
+    constexpr int kStep = kInStep<T>;
     for (j = 0; j + 4 * kLanes <= n; j += 4 * kLanes) {
-      _Pragma("GCC unroll 4") for (int k = 0; k < 4; ++k) {
-        const V u = softmax_exponent(V::load(z + j + k * kLanes), shift, inverse), e = exp_floored(u);
-        s[k] = s[k] + e;
-        w[k] = w[k] + e * u;
+      _Pragma("GCC unroll 4") for (int k = 0; k < 4; k += kStep) {
+        using W = Wide<T, kStep>;
+        const W u = softmax_exponent(W::load(z + j + k * kLanes), W(shift), W(inverse_temperature));
+        const W e = exp_floored(u), eu = e * u;
+        _Pragma("GCC unroll 4") for (int i = 0; i < kStep; ++i) {
+          s.v[k + i] = s.v[k + i] + e.v[i];
+          w.v[k + i] = w.v[k + i] + eu.v[i];
+        }
       }
     }
     for (; j < n; j += kLanes) {
-      const V u = softmax_exponent(V::load(z + j), shift, inverse), e = exp_floored(u);
-      s[0] = s[0] + e;
-      w[0] = w[0] + e * u;
+      const V u = softmax_exponent(V::load(z + j), V(shift), V(inverse_temperature)), e = exp_floored(u);
+      s.v[0] = s.v[0] + e;
+      w.v[0] = w.v[0] + e * u;
     }
-    sum += sum_of_lanes((s[0] + s[1]) + (s[2] + s[3]));
-    weighted += sum_of_lanes((w[0] + w[1]) + (w[2] + w[3]));
+    sum += sum_of_lanes((s.v[0] + s.v[1]) + (s.v[2] + s.v[3]));
+    weighted += sum_of_lanes((w.v[0] + w.v[1]) + (w.v[2] + w.v[3]));
   }
 };
 
@@ -235,8 +245,9 @@ inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, in
   const T g = d_log_prob ? d_log_prob[i] : T(0), h = d_entropy ? d_entropy[i] : T(0);
   const bool masked = c.action_mask.lead.data, dead = tile.log_sum[i] == inf || (g == 0 && h == 0);
   const int64_t mask_offset = masked ? offset_of(c.action_mask.lead, l.mask_row[i]) : 0;
-  const V entropy(d_entropy ? tile.entropy[i] : T(0)), shift(tile.shift[i]), log_sum(tile.log_sum[i]);
-  const V inverse(l.inverse_temperature[i]);
+  using W = Wide<T, kInStep<T>>;
+  const T entropy = d_entropy ? tile.entropy[i] : T(0), shift = tile.shift[i], log_sum = tile.log_sum[i];
+  const T inverse = l.inverse_temperature[i];
   alignas(64) T z[kChunk], mask[kChunk], d[kChunk];
   if (dead) std::fill(d, d + kChunk, T(0));
   for (int64_t j = 0; j < width; j += kChunk) {
@@ -244,11 +255,16 @@ inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, in
     if (!dead) {
       const T* chunk = masked_chunk(c, offset, mask_offset, j, n, z, mask);
       if (j + kChunk < width) prefetch_chunk(c.logits, offset, j + kChunk);
-      for (int64_t k = 0; k < n; k += kLanes) {
-        softmax_grad(V::load(chunk + k), shift, log_sum, entropy, inverse, V(g), V(h)).store(d + k);
+      constexpr int kStep = kInStep<T> * kLanes;
+      int64_t k = 0;
+      for (; k + kStep <= n; k += kStep) {
+        softmax_grad(W::load(chunk + k), W(shift), W(log_sum), W(entropy), W(inverse), W(g), W(h)).store(d + k);
+      }
+      for (; k < n; k += kLanes) {
+        softmax_grad(V::load(chunk + k), V(shift), V(log_sum), V(entropy), V(inverse), V(g), V(h)).store(d + k);
       }
       const int64_t a = action - j;
-      if (a >= 0 && a < n) d[a] += g * l.inverse_temperature[i];
+      if (a >= 0 && a < n) d[a] += g * inverse;
       if (masked) {
         for (int64_t k = 0; k < n; k += kLanes) {
           select(V::load(mask + k) != V(T(0)), V::load(d + k), V(T(0))).store(d + k);
