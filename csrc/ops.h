@@ -146,6 +146,69 @@ struct NormalLogProbBackwardArgs {
   int threads;
 };
 
+// n rows of K categoricals side by side: head k has nvec[k] of the logits' columns.
+struct MultiCategorical {
+  Rows logits, action_mask;  // [n, Σ nvec]
+  Rows actions;              // [n, K]
+  const int64_t* nvec;       // [K]
+};
+struct MultiCategoricalLogProbArgs {
+  MultiCategorical dist;
+  int64_t n;
+  void *log_prob, *entropy;  // [n], summed over the heads; entropy: nullptr where not wanted
+  void* saved;               // [3, K, n]: each head's shift, log_sum and entropy
+  bool is_double;
+  Offence* offence;          // the first action out of range; `where` counts elements of actions [n, K]
+  int threads;
+};
+struct MultiCategoricalLogProbBackwardArgs {
+  MultiCategorical dist;
+  int64_t n;
+  const void* saved;
+  Stream d_log_prob, d_entropy;  // absent: 0
+  Rows d_logits;
+  bool is_double;
+  int threads;
+};
+
+// n rows of D independent Bernoullis; an action that is not 0 is a 1.
+struct BernoulliLogProbArgs {
+  Rows logits, actions;  // [n, D]
+  int64_t n;
+  void *log_prob, *entropy;
+  bool is_double;
+  int threads;
+};
+struct BernoulliLogProbBackwardArgs {
+  Rows logits, actions;
+  int64_t n;
+  Stream d_log_prob, d_entropy;  // absent: 0
+  Rows d_logits;
+  bool is_double;
+  int threads;
+};
+
+// n rows of D independent Betas, stretched from [0, 1] to [low, high].
+struct Beta {
+  Rows alpha, beta, actions;  // [n, D]
+  double low, high;
+};
+struct BetaLogProbArgs {
+  Beta dist;
+  int64_t n;
+  void *log_prob, *entropy;
+  bool is_double;
+  int threads;
+};
+struct BetaLogProbBackwardArgs {
+  Beta dist;
+  int64_t n;
+  Stream d_log_prob, d_entropy;  // absent: 0
+  Rows d_alpha, d_beta;          // absent: not wanted
+  bool is_double;
+  int threads;
+};
+
 // --- losses from a distribution's parameters -------------------------------------------------------------------------
 
 // loss.index gathers actions and action_mask too. d_logits: d loss / d logits, absent where not wanted.
@@ -211,6 +274,12 @@ struct ScanArgs {
   X(normal_log_prob_backward, NormalLogProbBackwardArgs) \
   X(gae, ScanArgs) \
   X(vtrace, ScanArgs) \
-  X(discounted_returns, ScanArgs)
+  X(discounted_returns, ScanArgs) \
+  X(multi_categorical_log_prob, MultiCategoricalLogProbArgs) \
+  X(multi_categorical_log_prob_backward, MultiCategoricalLogProbBackwardArgs) \
+  X(bernoulli_log_prob, BernoulliLogProbArgs) \
+  X(bernoulli_log_prob_backward, BernoulliLogProbBackwardArgs) \
+  X(beta_log_prob, BetaLogProbArgs) \
+  X(beta_log_prob_backward, BetaLogProbBackwardArgs)
 
 }  // namespace pf

@@ -11,17 +11,19 @@ Public names are those of `__all__`; `help(pf.<name>)` gives formula, shapes, gr
 
 from ._backend import explain, use_backend
 from .config import LossConfig
+from .ops.bernoulli_log_prob import bernoulli_log_prob
+from .ops.beta_log_prob import beta_log_prob
 from .ops.categorical_log_prob import categorical_log_prob
 from .ops.categorical_ppo_loss import categorical_ppo_loss
 from .ops.discounted_returns import discounted_returns
 from .ops.gae import gae
+from .ops.multi_categorical_log_prob import multi_categorical_log_prob
 from .ops.normal_log_prob import normal_log_prob
 from .ops.normal_ppo_loss import normal_ppo_loss
 from .ops.ppo_loss import ppo_loss
 from .ops.vtrace import vtrace
 from .ops.whiten import whiten
 from .outputs import PPOLoss, Stats
-from .reference import bernoulli_log_prob, beta_log_prob, multi_categorical_log_prob
 
 __version__ = "0.1.0"
 __all__ = [

@@ -248,17 +248,22 @@ def multi_categorical_log_prob(logits, actions, nvec: Sequence[int], *, action_m
     return sum(h[0] for h in heads), sum(h[1] for h in heads) if entropy else None
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x); torch's own turns into x at 20, which float64 notices."""
+    return -torch.nn.functional.logsigmoid(-x)
+
+
 def bernoulli_log_prob(logits, actions, *, entropy=True):
-    """Σ_d a·z - softplus(z); the entropy of one is softplus(z) - z·σ(z), and 0 where z = ±inf."""
+    """Σ_d a·z - softplus(z); the entropy of one is σ(z)·softplus(-z) + σ(-z)·softplus(z), and 0 where z = ±inf."""
     z = logits.to(_compute_dtype(logits))
     one = actions != 0
     # log σ(z) and log σ(-z), each chosen before it is multiplied: 0·inf cannot happen
-    log_prob = torch.where(one, -torch.nn.functional.softplus(-z), -torch.nn.functional.softplus(z)).sum(-1)
+    log_prob = torch.where(one, -_softplus(-z), -_softplus(z)).sum(-1)
     if not entropy:
         return log_prob, None
     certain = z.isinf()
     z = torch.where(certain, 0.0, z)
-    h = torch.nn.functional.softplus(z) - z * z.sigmoid()
+    h = z.sigmoid() * _softplus(-z) + (-z).sigmoid() * _softplus(z)
     return log_prob, torch.where(certain, 0.0, h).sum(-1)
 
 
@@ -272,7 +277,7 @@ def normal_log_prob(mean, log_std, actions, *, squash=False, entropy=True):
     z = (actions - mean) * (-log_std).exp()
     log_prob = -0.5 * z.square() - log_std - _HALF_LOG_2PI
     if squash:
-        log_prob = log_prob - 2.0 * (math.log(2.0) - actions - torch.nn.functional.softplus(-2.0 * actions))
+        log_prob = log_prob - 2.0 * (math.log(2.0) - actions - _softplus(-2.0 * actions))
     log_prob = log_prob.sum(-1)
     if not entropy:
         return log_prob, None

@@ -170,7 +170,7 @@ def test_registered_op(shape):
     for squash in (False, True):
         args = (mean.requires_grad_(), log_std.requires_grad_(), actions, squash, True)
         torch.library.opcheck(ops.normal_log_prob.default, args)
-    rest = (mean.detach(), log_std.detach(), actions, False, True, torch.randn(5), torch.randn(5))
+    rest = (mean.detach(), log_std.detach(), actions, False, True, torch.empty(0), torch.randn(5), torch.randn(5))
     torch.library.opcheck(ops.normal_log_prob_backward.default, rest)
 
 

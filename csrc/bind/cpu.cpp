@@ -2,8 +2,11 @@
 #include <cstdlib>
 
 #include "../cpu/dispatch.h"
+#include "bernoulli_log_prob.h"
+#include "beta_log_prob.h"
 #include "categorical_log_prob.h"
 #include "categorical_ppo_loss.h"
+#include "multi_categorical_log_prob.h"
 #include "normal_log_prob.h"
 #include "normal_ppo_loss.h"
 #include "discounted_returns.h"
@@ -45,6 +48,9 @@ PYBIND11_MODULE(_C, m) {
   bind_categorical_ppo_loss(m);
   bind_normal_log_prob(m);
   bind_normal_ppo_loss(m);
+  bind_multi_categorical_log_prob(m);
+  bind_bernoulli_log_prob(m);
+  bind_beta_log_prob(m);
   m.attr("MAX_ROW_BLOCKS") = pf::kMaxRowBlocks;
   bind_gae(m);
   bind_vtrace(m);

@@ -1,6 +1,7 @@
 // What the bindings of the log-prob ops share: gradients and results checked against their inputs, labels out of range.
 #pragma once
 #include <utility>
+#include <vector>
 
 #include "tensor.h"
 
@@ -50,6 +51,12 @@ inline Rows broadcast_rows(const Tensor& x, const Tensor& like, const char* name
   r.width = like.size(-1);
   r.stride = r.width == 1 ? 1 : stride(like.ndim() - 1);
   return r;
+}
+
+inline std::vector<int64_t> integers(const py::sequence& numbers) {
+  std::vector<int64_t> out;
+  for (const py::handle x : numbers) out.push_back(x.cast<int64_t>());
+  return out;
 }
 
 [[noreturn]] inline void refuse(const Tensor& actions, const Offence& o, int64_t bound, const char* what) {

@@ -75,7 +75,7 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
   alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
   read_lanes(c.logits, first + at, nullptr, n, skip, z);
   if (c.action_mask.lead.data) {
-    read_mask_lanes(c.action_mask, l.mask_row + at, n, skip, mask);
+    read_flag_lanes<T>(c.action_mask, 0, l.mask_row + at, n, skip, mask);
     for (int64_t j = 0; j < width * kLanes; j += kLanes) {
       select(V::load(mask + j) != zero, V::load(z + j), -inf).store(z + j);
     }
@@ -87,11 +87,21 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
   const V shift = select(largest == -inf, zero, largest), inverse = V::load(l.inverse_temperature + at);
   const V action = V::load(l.action_lane + at);
   V sum = zero, weighted = zero, taken = zero;
-  for (int64_t j = 0; j < width; ++j) {
-    const V x = V::load(z + j * kLanes), u = softmax_exponent(x, shift, inverse), e = exp_floored(u);
+  const auto add = [&](const auto& x, const auto& u, const auto& e, int64_t j) {
     sum = sum + e;
     weighted = weighted + e * u;
     taken = select(action == V(static_cast<T>(j)), x, taken);
+  };
+  constexpr int kStep = kInStep<T>;
+  using W = Wide<T, kStep>;
+  int64_t j = 0;
+  for (; j + kStep <= width; j += kStep) {
+    const W x = W::load(z + j * kLanes), u = softmax_exponent(x, W(shift), W(inverse)), e = exp_floored(u);
+    _Pragma("GCC unroll 4") for (int k = 0; k < kStep; ++k) add(x.v[k], u.v[k], e.v[k], j + k);
+  }
+  for (; j < width; ++j) {
+    const V x = V::load(z + j * kLanes), u = softmax_exponent(x, shift, inverse);
+    add(x, u, exp_floored(u), j);
   }
   auto dead = sum == zero;
   if (skip) {
@@ -122,20 +132,23 @@ inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, 
   alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
   const bool any_dead = any(dead);
   read_lanes<T>(c.logits, first + at, nullptr, n, nullptr, z);
-  if (masked) read_mask_lanes<T>(c.action_mask, l.mask_row + at, n, nullptr, mask);
-  for (int64_t j = 0; j < width; ++j) {
-    V d = softmax_grad(V::load(z + j * kLanes), shift, log_sum, entropy, inverse, g, h);
+  if (masked) read_flag_lanes<T>(c.action_mask, 0, l.mask_row + at, n, nullptr, mask);
+  const auto finish = [&](V d, int64_t j) {
     d = select(action == V(static_cast<T>(j)), d + at_action, d);
     if (masked) d = select(V::load(mask + j * kLanes) != zero, d, zero);
     if (any_dead) d = select(dead, zero, d);
     d.store(z + j * kLanes);
+  };
+  constexpr int kStep = kInStep<T>;
+  using W = Wide<T, kStep>;
+  int64_t j = 0;
+  for (; j + kStep <= width; j += kStep) {
+    const W d = softmax_grad(W::load(z + j * kLanes), W(shift), W(log_sum), W(entropy), W(inverse), W(g), W(h));
+    _Pragma("GCC unroll 4") for (int k = 0; k < kStep; ++k) finish(d.v[k], j + k);
   }
+  for (; j < width; ++j) finish(softmax_grad(V::load(z + j * kLanes), shift, log_sum, entropy, inverse, g, h), j);
   write_lanes(d_logits, first + at, n, z);
 }
-
-// Vectors in step: as many as four registers hold.
-template <class T>
-constexpr int kInStep = Registers<T>::kCount >= 4 ? 1 : 4 / Registers<T>::kCount;
 
 // One long row, chunk by chunk: one pass over memory. Sums are relative to the largest logit so far, in double.
 template <class T>

@@ -182,14 +182,14 @@ inline void write_lanes(const Rows& x, int64_t first, int64_t n, const T* from) 
   });
 }
 
-// 1 where the mask lets an action through, else 0. `row`: where each row of the mask lies.
+// 1 where an element, of any dtype, is not 0, else 0; and 1 where nothing is read.
 template <class T>
-inline void read_mask_lanes(const Rows& mask, const int64_t* row, int64_t n, const bool* skip, T* to) {
+inline void read_flag_lanes(const Rows& mask, int64_t first, const int64_t* row, int64_t n, const bool* skip, T* to) {
   with_type(mask.lead.dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(mask.lead.data);
     for (int64_t i = 0; i < kLanes; ++i) {
       const bool none = i >= n || (skip && skip[i]);
-      const auto* from = none ? data : data + offset_of(mask.lead, row[i]);
+      const auto* from = none ? data : data + offset_of(mask.lead, row ? row[i] : first + i);
       for (int64_t j = 0; j < mask.width; ++j) {
         to[j * kLanes + i] = none || from[j * mask.stride] != 0 ? T(1) : T(0);
       }

@@ -7,6 +7,7 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <utility>
 #if PF_X86
 #include <immintrin.h>
 #endif

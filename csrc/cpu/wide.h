@@ -5,6 +5,10 @@
 namespace pf {
 namespace PF_ISA {
 
+// As many vectors as four registers hold.
+template <class T>
+constexpr int kInStep = Registers<T>::kCount >= 4 ? 1 : 4 / Registers<T>::kCount;
+
 template <class T, int N>
 struct WideMask {
   Mask<T> m[N];
@@ -18,6 +22,9 @@ struct Wide {
   Wide() = default;
   PF_INLINE Wide(T x) {
     _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = Vec<T>(x);
+  }
+  PF_INLINE Wide(const Vec<T>& x) {
+    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = x;
   }
   static PF_INLINE Wide load(const T* p) {
     Wide w;
