@@ -36,7 +36,9 @@ def cases(draw):
         strided((*lead, width), draw(st.sampled_from(LAYOUTS)), torch.float32, 1.0).exp().to(dtype) for _ in range(2)
     )
     low, high = draw(st.sampled_from([(0.0, 1.0), (-2.0, 2.0), (-1.0, 0.5)]))
-    actions = (low + (high - low) * (0.01 + 0.98 * torch.rand(*lead, width))).to(draw(st.sampled_from([torch.float32, dtype])))
+    actions = (low + (high - low) * (0.01 + 0.98 * torch.rand(*lead, width))).to(
+        draw(st.sampled_from([torch.float32, dtype]))
+    )
     return alpha, beta, actions.clamp(low, high), low, high
 
 
@@ -136,7 +138,11 @@ def test_one_gradient_only():
 
 
 def test_registered_op_and_compile():
-    alpha, beta, x = (torch.rand(5, 3) + 0.5).requires_grad_(), (torch.rand(5, 3) + 0.5).requires_grad_(), torch.rand(5, 3)
+    alpha, beta, x = (
+        (torch.rand(5, 3) + 0.5).requires_grad_(),
+        (torch.rand(5, 3) + 0.5).requires_grad_(),
+        torch.rand(5, 3),
+    )
     ops = torch.ops.ppo_fast
     for entropy in (True, False):
         torch.library.opcheck(ops.beta_log_prob.default, (alpha, beta, x, 0.0, 1.0, entropy))

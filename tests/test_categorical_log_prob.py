@@ -74,9 +74,10 @@ def test_parity_on_every_instruction_set(isa, width):
     for dtype in FLOATS:
         logits, actions = strided((37, width), "plain", dtype), torch.randint(0, width, (37,))
         mask = torch.rand(37, width) > 0.3
+        args, options = (actions,), {"action_mask": mask, "temperature": 0.8}
         assert_parity(
-            lambda z: pf.categorical_log_prob(z, actions, action_mask=mask, temperature=0.8),
-            lambda z: reference.categorical_log_prob(z, actions, action_mask=mask, temperature=0.8),
+            lambda z, a=args, o=options: pf.categorical_log_prob(z, *a, **o),
+            lambda z, a=args, o=options: reference.categorical_log_prob(z, *a, **o),
             [logits],
             ulps=32.0,
         )

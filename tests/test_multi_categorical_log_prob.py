@@ -58,9 +58,7 @@ def test_is_the_sum_of_its_heads():
     got = gradients(lambda z: pf.multi_categorical_log_prob(z, actions, tuple(nvec)), [z])
 
     def heads(z):
-        parts = [
-            pf.categorical_log_prob(h, a) for h, a in zip(z.split(nvec, -1), actions.unbind(-1), strict=True)
-        ]
+        parts = [pf.categorical_log_prob(h, a) for h, a in zip(z.split(nvec, -1), actions.unbind(-1), strict=True)]
         return parts[0][0] + parts[1][0] + parts[2][0], parts[0][1] + parts[1][1] + parts[2][1]
 
     for a, b in zip(got, gradients(heads, [z]), strict=True):

@@ -33,7 +33,9 @@ def cases(draw):
     torch.manual_seed(draw(st.integers(0, 999)))
     dtype = draw(st.sampled_from(FLOATS))
     mean = strided((*lead, width), draw(st.sampled_from(LAYOUTS)), dtype, scale=1.0)
-    actions = strided((*lead, width), draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([dtype, torch.float32])), 1.0)
+    actions = strided(
+        (*lead, width), draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([dtype, torch.float32])), 1.0
+    )
     kind = draw(st.sampled_from(["shared", "shared rows", "full", "one", "column"]))
     shape = {"shared": (width,), "shared rows": (1,) * len(lead) + (width,), "full": (*lead, width), "one": (1,),
              "column": (*lead, 1)}[kind]  # fmt: skip
@@ -81,9 +83,7 @@ def test_double_backward(squash, shape):
     actions = torch.randn(4, 3, dtype=torch.float64)
     assert_double_backward(lambda m, s: pf.normal_log_prob(m, s, actions, squash=squash), [mean, log_std])
     for k in (0, 1):
-        assert_double_backward(
-            lambda m, s, k=k: pf.normal_log_prob(m, s, actions, squash=squash)[k], [mean, log_std]
-        )
+        assert_double_backward(lambda m, s, k=k: pf.normal_log_prob(m, s, actions, squash=squash)[k], [mean, log_std])
 
 
 def test_one_gradient_only():
@@ -177,9 +177,7 @@ def test_registered_op(shape):
 @pytest.mark.parametrize("squash", [False, True])
 def test_compiles(squash):
     actions = torch.randn(9, 3)
-    assert_compiles(
-        lambda m, s: pf.normal_log_prob(m, s, actions, squash=squash), [torch.randn(9, 3), torch.randn(3)]
-    )
+    assert_compiles(lambda m, s: pf.normal_log_prob(m, s, actions, squash=squash), [torch.randn(9, 3), torch.randn(3)])
 
 
 def test_functorch_goes_through_the_reference():

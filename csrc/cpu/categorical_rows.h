@@ -214,13 +214,6 @@ inline const T* masked_chunk(const Categorical& c, int64_t offset, int64_t mask_
   return z;
 }
 
-inline void prefetch_chunk(const Rows& x, int64_t offset, int64_t first) {
-  const int64_t size = size_of(x.lead.dtype), n = std::min(kChunk, x.width - first);
-  const char* from = static_cast<const char*>(x.lead.data) + (offset + first) * size;
-  if (x.stride != 1) return;
-  for (int64_t b = 0; b < n * size; b += 64) __builtin_prefetch(from + b);
-}
-
 template <class T>
 inline void row_forward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t i,
                         const CategoricalTile<T>& out, double* sum, double* weighted) {
@@ -233,7 +226,6 @@ inline void row_forward(const Categorical& c, const CategoricalLabels<T>& l, int
     for (int64_t j = 0; j < width; j += kChunk) {
       const int64_t n = std::min(kChunk, width - j);
       const T* chunk = masked_chunk(c, offset, mask_offset, j, n, z, mask);
-      if (j + kChunk < width) prefetch_chunk(c.logits, offset, j + kChunk);
       if (action >= j && action < j + n) out.log_prob[i] = chunk[action - j];  // for now its logit
       sums.add(chunk, padded(n), l.inverse_temperature[i]);
     }
@@ -267,7 +259,6 @@ inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, in
     const int64_t n = std::min(kChunk, width - j);
     if (!dead) {
       const T* chunk = masked_chunk(c, offset, mask_offset, j, n, z, mask);
-      if (j + kChunk < width) prefetch_chunk(c.logits, offset, j + kChunk);
       constexpr int kStep = kInStep<T> * kLanes;
       int64_t k = 0;
       for (; k + kStep <= n; k += kStep) {

@@ -31,7 +31,8 @@ inline double trigamma(double x) {
   double shift = 0;
   for (; x < 10; x += 1) shift += 1 / (x * x);
   const double y = 1 / (x * x);
-  const double series = y * (1.0 / 6 - y * (1.0 / 30 - y * (1.0 / 42 - y * (1.0 / 30 - y * (5.0 / 66 - y * (691.0 / 2730))))));
+  const double series =
+      y * (1.0 / 6 - y * (1.0 / 30 - y * (1.0 / 42 - y * (1.0 / 30 - y * (5.0 / 66 - y * (691.0 / 2730))))));
   return (1 + series) / x + 0.5 * y + shift;
 }
 
