@@ -1,4 +1,5 @@
 # Written by tests/stubs.py from the built module.
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 #: A tensor of any library that speaks DLPack, on the CPU; None where the op does without.
@@ -140,7 +141,7 @@ def multi_categorical_log_prob(
     logits: Array,
     actions: Array,
     action_mask: Array,
-    nvec: collections.abc.Sequence,
+    nvec: Sequence[int],
     log_prob: Array,
     entropy: Array,
     saved: Array,
@@ -151,7 +152,7 @@ def multi_categorical_log_prob_backward(
     logits: Array,
     actions: Array,
     action_mask: Array,
-    nvec: collections.abc.Sequence,
+    nvec: Sequence[int],
     saved: Array,
     grad_log_prob: Array,
     grad_entropy: Array,

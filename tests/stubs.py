@@ -14,9 +14,11 @@ TYPES = {
     "object": "Array",
     "typing.SupportsFloat | typing.SupportsIndex": "float",
     "typing.SupportsInt | typing.SupportsIndex": "int",
+    "collections.abc.Sequence": "Sequence[int]",
     "ppo_fast._C.LossParams": "LossParams",
 }
 HEAD = '''# Written by tests/stubs.py from the built module.
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 #: A tensor of any library that speaks DLPack, on the CPU; None where the op does without.
