@@ -128,7 +128,7 @@ def archives(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     done = subprocess.run([sys.executable, "-m", "build", "--outdir", str(out), str(source)], env=CLEAN,
-                          capture_output=True, text=True, timeout=900)  # fmt: skip
+                          capture_output=True, text=True, timeout=2400)  # fmt: skip
     if done.returncode != 0 and re.search("No matching distribution|NewConnectionError|Temporary failure", done.stdout):
         pytest.skip("the build dependencies cannot be installed here")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
