@@ -50,7 +50,7 @@ class _Steps:
         carry: bool = True,
     ) -> None:
         self.shape, self.time_dim, self.dtype = x.shape, time_dim, dtype
-        self.n = max(1, x.numel() // max(1, x.shape[time_dim]))
+        self.n = math.prod(size for d, size in enumerate(x.shape) if d != time_dim % x.ndim)  # 0 columns too
 
         def rows(flag: Tensor | None) -> Tensor | None:
             return None if flag is None else self.rows(flag != 0)

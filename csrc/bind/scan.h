@@ -136,7 +136,10 @@ class ScanInputs {
     return {t.data() ? t.data() : &kNothing, t.dtype(), 0, t.ndim() == 0 ? 0 : t.stride(0)};
   }
 
-  static bool is_number(py::handle x) { return PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr()); }
+  static bool is_number(py::handle x) {
+    return PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr()) ||
+           (!exchange_api(Py_TYPE(x.ptr())) && !py::hasattr(x, "__dlpack__"));
+  }
 
   double number(const char* name, py::handle object) const {
     const double x = PyFloat_AsDouble(object.ptr());

@@ -205,7 +205,7 @@ void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool stre
           if (partial && j >= inside) break;
           V result[2];
           op.outputs(transition[j], g, x[j], x[j + 1], result);
-          for (int k = 0; k < Op::kOutputs; ++k) {
+          _Pragma("GCC unroll 2") for (int k = 0; k < Op::kOutputs; ++k) {
             if (has.mask) result[k] = select(keep[j], result[k], V(T(0)));
             T* to = out[k] + (begin + t + j) * a.output_t + first + c;
             if (streaming) {
@@ -351,7 +351,7 @@ void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int6
         V now[kGroup + 1];
         x = chain<Op>(step, static_cast<int>((inside + kGroup - 1) / kGroup), x, now[kGroup]);
         solve_group<Op>(step, now[kGroup], now);
-        for (int k = 0; k < Op::kOutputs; ++k) {
+        _Pragma("GCC unroll 2") for (int k = 0; k < Op::kOutputs; ++k) {
           V result[kGroup];
           _Pragma("GCC unroll 4") for (int j = 0; j < kGroup; ++j) {
             V both[2];

@@ -91,17 +91,53 @@ inline TileView<uint8_t> open_flags(const Grid& g, Strides s, const TileShape& t
   return open_tile<uint8_t>(g, s, tile, g.dtype == DType::boolean || g.dtype == DType::u8, scratch);
 }
 
-// Flags to lanes: sixteen bytes that follow each other.
+// Flags to lanes: sixteen bytes that follow each other. GCC 12 takes __builtin_convertvector apart byte by byte.
 template <class T>
 PF_INLINE Mask<T> load_flags(const uint8_t* p) {
   using R = Registers<T>;
-  typedef uint8_t Bytes __attribute__((vector_size(R::kPer)));
+  constexpr bool kFloat = sizeof(T) == 4;
   Mask<T> m;
+#if PF_LEVEL == 4
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  PF_EACH(i) {
+    if constexpr (kFloat) {
+      m.r[i] = __builtin_bit_cast(typename R::Bits, _mm512_maskz_cvtepu8_epi32(0xffff, bytes)) != 0;
+    } else {
+      const __m128i half = i == 0 ? bytes : _mm_unpackhi_epi64(bytes, bytes);
+      m.r[i] = __builtin_bit_cast(typename R::Bits, _mm512_maskz_cvtepu8_epi64(0xff, half)) != 0;
+    }
+  }
+#elif PF_LEVEL == 3
+  PF_EACH(i) {
+    if constexpr (kFloat) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
+      m.r[i] = __builtin_bit_cast(typename R::Bits, _mm256_cvtepu8_epi32(bytes)) != 0;
+    } else {
+      int four;
+      std::memcpy(&four, p + 4 * i, 4);
+      m.r[i] = __builtin_bit_cast(typename R::Bits, _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four))) != 0;
+    }
+  }
+#elif PF_X86
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i off = _mm_cmpeq_epi8(bytes, _mm_setzero_si128());  // each byte doubled to the width of a lane
+  const __m128i off16[2] = {_mm_unpacklo_epi8(off, off), _mm_unpackhi_epi8(off, off)};
+  PF_EACH(i) {
+    const __m128i wide = off16[i * 2 / R::kCount];
+    constexpr int kPerWide = R::kCount / 2;
+    __m128i lanes = (i % kPerWide) * 2 / kPerWide ? _mm_unpackhi_epi16(wide, wide) : _mm_unpacklo_epi16(wide, wide);
+    if constexpr (!kFloat) lanes = i % 2 ? _mm_unpackhi_epi32(lanes, lanes) : _mm_unpacklo_epi32(lanes, lanes);
+    m.r[i] = ~__builtin_bit_cast(typename R::Bits, lanes);
+  }
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(R::kPer)));
   PF_EACH(i) {
     Bytes bytes;
     std::memcpy(&bytes, p + i * R::kPer, R::kPer);
     m.r[i] = __builtin_convertvector(bytes, typename R::Bits) != 0;
   }
+  (void)kFloat;
+#endif
   return m;
 }
 

@@ -136,9 +136,7 @@ def _sequences(op: str, rewards: Tensor, cu_seqlens: Tensor) -> int:
         raise ValueError(f"{op}: cu_seqlens must be [S + 1], got {list(cu_seqlens.shape)}")
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != len(rewards):
-        raise ValueError(
-            f"{op}: cu_seqlens must go from 0 to M = {len(rewards)}, got {bounds[0]} to {bounds[-1]}"
-        )
+        raise ValueError(f"{op}: cu_seqlens must go from 0 to M = {len(rewards)}, got {bounds[0]} to {bounds[-1]}")
     for a, b in zip(bounds[:-1], bounds[1:], strict=True):
         if b < a:
             raise ValueError(f"{op}: cu_seqlens must not decrease, got {a} before {b}")
