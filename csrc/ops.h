@@ -244,21 +244,21 @@ struct PerColumn {
 
 // What gae, vtrace and discounted_returns read and write: backward scans over T steps of N columns.
 struct ScanArgs {
-  int64_t steps, columns;                                    // T, N; of packed inputs M and S
-  const int64_t* bounds;                                     // packed: [S + 1], column s is steps [s, s + 1); or nullptr
-  Grid rewards, values, log_rhos;                            // the latter two where the op has them
-  Grid terminated, truncated, mask;                          // flags of any dtype, set where not 0
-  Grid final_values;                                         // dense: read where truncated and not terminated
-  const int64_t* final_index;                                // sparse: sorted flat positions in the contiguous output ...
-  const double* final_value;                                 // ... and their values; of equal positions the last counts
-  int64_t final_count;                                       // -1: not sparse
+  int64_t steps, columns;            // T, N; of packed inputs M and S
+  const int64_t* bounds;             // packed: [S + 1], column s is steps [s, s + 1); or nullptr
+  Grid rewards, values, log_rhos;    // the latter two where the op has them
+  Grid terminated, truncated, mask;  // flags of any dtype, set where not 0
+  Grid final_values;                 // dense: read where truncated and not terminated
+  const int64_t* final_index;        // sparse: sorted flat positions in the contiguous output ...
+  const double* final_value;         // ... and their values; of equal positions the last counts
+  int64_t final_count;               // -1: not sparse
   PerColumn last_values, gamma, lam;
   double rho_clip, c_clip;
-  bool carry;                                                // a masked step is transparent; else its inputs are 0
-  bool is_double;                                            // compute and write float64, else float32
-  void* outputs[2];                                          // contiguous: one of the strides below is 1
+  bool carry;                        // a masked step is transparent; else its inputs are 0
+  bool is_double;                    // compute and write float64, else float32
+  void* outputs[2];                  // contiguous: one of the strides below is 1
   int64_t output_t, output_n;
-  int64_t* missing;                                          // out: first truncated step without a sparse entry, or -1
+  int64_t* missing;                  // out: first truncated step without a sparse entry, or -1
   int threads;
 };
 

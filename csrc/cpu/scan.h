@@ -8,10 +8,10 @@ namespace pf {
 namespace PF_ISA {
 namespace {
 
-constexpr int64_t kMaxColumns = kScanTile / kGroup;       // of one block
-constexpr int64_t kRunLength = 1024;                      // steps of a tile of one column
-constexpr int64_t kStreamingBytes = int64_t(1) << 24;     // outputs larger than this go past the caches
-constexpr int64_t kBlockElements = 1 << 14;               // below this a second thread costs more than it brings
+constexpr int64_t kMaxColumns = kScanTile / kGroup;    // of one block
+constexpr int64_t kRunLength = 1024;                   // steps of a tile of one column
+constexpr int64_t kStreamingBytes = int64_t(1) << 24;  // outputs larger than this go past the caches
+constexpr int64_t kBlockElements = 1 << 14;            // below this a second thread costs more than it brings
 
 // Which inputs there are; in a plain scan the compiler knows that only `terminated` may be.
 struct Presence {
@@ -170,6 +170,14 @@ void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool stre
       const auto row = [&](int j) { return t + (j < inside ? j : inside - 1); };
       const auto group = [&](int64_t c, bool partial) __attribute__((always_inline)) {
         has.partial = partial;
+        if (streaming) {  // the rows of the next tile: no prefetcher guesses that they come next
+          for (int j = 0; j < kGroup; ++j) {
+            __builtin_prefetch(tile.rewards.at(t - kGroup + j, c), 0);
+            if constexpr (Op::kValues) __builtin_prefetch(tile.values.at(t - kGroup + j, c), 0);
+            if constexpr (Op::kRatios) __builtin_prefetch(tile.log_rhos.at(t - kGroup + j, c), 0);
+            if (has.terminated && c % 64 == 0) __builtin_prefetch(tile.terminated.at(t - kGroup + j, c), 0);
+          }
+        }
         const V g = V::load(gamma + c), d = V::load(decay + c), incoming = V::load(trace + c);
         V running = V::load(next + c);
         Transition<V, M> transition[kGroup];
@@ -349,7 +357,8 @@ void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int6
           step[j] = open_step(op, has, in, g, d, transition[j]);
         }
         V now[kGroup + 1];
-        x = chain<Op>(step, static_cast<int>((inside + kGroup - 1) / kGroup), x, now[kGroup]);
+        const int groups = partial ? static_cast<int>((inside + kGroup - 1) / kGroup) : kLanes;
+        x = chain<Op>(step, groups, x, now[kGroup]);
         solve_group<Op>(step, now[kGroup], now);
         _Pragma("GCC unroll 2") for (int k = 0; k < Op::kOutputs; ++k) {
           V result[kGroup];

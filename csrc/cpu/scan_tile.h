@@ -169,9 +169,9 @@ constexpr int group_of(int lane) {
 
 template <class T>
 constexpr int lane_of(int group) {
-  for (int lane = 0; lane < kLanes; ++lane)
-    if (group_of<T>(lane) == group) return lane;
-  return 0;
+  constexpr int per = Registers<T>::kPer, quads = per / 4;
+  if constexpr (quads == 0) return group;
+  else return group / per * per + group % per % quads * 4 + group % per / quads;
 }
 template <class T>
 PF_INLINE Vec<T> first_steps() {  // of each lane's group

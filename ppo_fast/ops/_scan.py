@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -137,7 +138,7 @@ def _sequences(op: str, rewards: Tensor, cu_seqlens: Tensor) -> int:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != len(rewards):
         raise ValueError(f"{op}: cu_seqlens must go from 0 to M = {len(rewards)}, got {bounds[0]} to {bounds[-1]}")
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
         if b < a:
             raise ValueError(f"{op}: cu_seqlens must not decrease, got {a} before {b}")
     return len(bounds) - 1
