@@ -424,11 +424,15 @@ void scan_as(const ScanArgs& a, const Op& op) {
 // `make(T{})`: the estimator with its constants as T.
 template <class Make>
 void scan(const ScanArgs& a, Make&& make) {
-  const bool plain = !a.truncated.data && !a.mask.data;
+  [[maybe_unused]] const bool plain = !a.truncated.data && !a.mask.data;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto op = make(zero);
-    plain ? scan_as<decltype(op), T, true>(a, op) : scan_as<decltype(op), T, false>(a, op);
+    using Op = std::remove_const_t<decltype(op)>;
+    if constexpr (Op::kPlainToo && sizeof(T) == sizeof(float)) {
+      if (plain) return scan_as<Op, T, true>(a, op);
+    }
+    scan_as<Op, T, false>(a, op);
   };
   by_dtype(a.is_double, run);
 }

@@ -66,6 +66,7 @@ template <class T>
 struct Gae {
   static constexpr bool kValues = true, kRatios = false, kAhead = true;
   static constexpr int kOutputs = 2;
+  static constexpr bool kPlainToo = true;  // has a version of its own without truncation and masks
 
   static PF_FN double decay(double gamma, double lam) { return gamma * lam; }
   template <class V, class M>
@@ -84,6 +85,7 @@ template <class T>
 struct DiscountedReturns {
   static constexpr bool kValues = false, kRatios = false, kAhead = true;
   static constexpr int kOutputs = 1;
+  static constexpr bool kPlainToo = false;  // has a version of its own without truncation and masks
 
   static PF_FN double decay(double gamma, double) { return gamma; }
   template <class V, class M>
@@ -102,6 +104,7 @@ template <class T>
 struct Vtrace {
   static constexpr bool kValues = true, kRatios = true, kAhead = false;
   static constexpr int kOutputs = 2;
+  static constexpr bool kPlainToo = false;  // has a version of its own without truncation and masks
   T rho_clip, c_clip;
 
   static PF_FN double decay(double, double lam) { return lam; }
