@@ -270,3 +270,33 @@ def test_vmap_goes_to_the_reference():
     r, v = torch.randn(4, 6, 2), torch.randn(4, 6, 2)
     ours = torch.vmap(lambda a, b: pf.gae(a, b)[0])(r, v)
     assert torch.allclose(ours, pf.gae(r, v, time_dim=1)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(9,), (5, 7), (4, 3, 2)])
+def test_out_is_written_and_returned(shape, backend):
+    rewards, values = torch.randn(shape), torch.randn(shape)
+    out = torch.empty(shape), torch.empty(shape)
+    version = out[0]._version
+    with pf.use_backend(backend):
+        result = pf.gae(rewards, values, out=out)
+        wanted = pf.gae(rewards, values)
+    assert all(a is b for a, b in zip(result, out, strict=True)) and out[0]._version > version
+    assert all(torch.equal(a, b) for a, b in zip(out, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda r: torch.empty(5, 7), TypeError, "out must be a tuple of two tensors"),
+        (lambda r: (torch.empty(5, 7), torch.empty(7, 5)), ValueError, r"out\[1\] must be the shape of rewards = \[5, 7\]"),
+        (lambda r: (torch.empty(5, 7).double(), torch.empty(5, 7)), TypeError, r"out\[0\] must be float32, got float64"),
+        (lambda r: (torch.empty(7, 5).t(), torch.empty(5, 7)), ValueError, r"out\[0\] must be contiguous"),
+        (lambda r: (r, torch.empty(5, 7)), ValueError, r"out\[0\] must have memory of its own"),
+        (lambda r: (torch.empty(5, 7),) * 2, ValueError, r"out\[1\] must have memory of its own"),
+    ],
+)
+def test_out_of_the_wrong_kind(make, error, message):
+    rewards = torch.randn(5, 7)
+    with pytest.raises(error, match=message):
+        pf.gae(rewards, torch.randn(5, 7), out=make(rewards))

@@ -27,6 +27,25 @@ def empty(like: Tensor, double: bool) -> Tensor:
     return torch.empty(like.shape, dtype=dtype)
 
 
+def check_out(op: str, out: tuple[Tensor, Tensor], rewards: Tensor, values: Tensor, others: tuple) -> None:
+    if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(x, Tensor) for x in out)):
+        raise TypeError(f"{op}: out must be a tuple of two tensors, (advantages, returns)")
+    _tensor(op, "rewards", rewards)
+    _tensor(op, "values", values)
+    dtype = _DOUBLE if is_double(rewards, values) else _FLOAT
+    taken = [x.untyped_storage().data_ptr() for x in (rewards, values, *others) if isinstance(x, Tensor) and x.numel()]
+    for i, x in enumerate(out):
+        if x.dtype is not dtype:
+            raise TypeError(f"{op}: out[{i}] must be {str(dtype)[6:]}, got {str(x.dtype)[6:]}")
+        if x.shape != rewards.shape:
+            raise ValueError(f"{op}: out[{i}] must be the shape of rewards = {list(rewards.shape)}, got {list(x.shape)}")
+        if not x.is_contiguous() or x.requires_grad:
+            raise ValueError(f"{op}: out[{i}] must be contiguous and require no gradient")
+        if x.numel() and x.untyped_storage().data_ptr() in taken:
+            raise ValueError(f"{op}: out[{i}] must have memory of its own, got that of an input or of the other output")
+        taken.append(x.untyped_storage().data_ptr())
+
+
 # --- checks: what the bindings check for the kernels ------------------------------------------------------------------
 
 

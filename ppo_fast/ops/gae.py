@@ -24,6 +24,7 @@ def gae(
     lam: float | Tensor = 0.95,
     time_dim: int = 0,
     differentiable: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns in one backward pass (Schulman et al. 2016, arXiv 1506.02438).
 
@@ -46,6 +47,8 @@ def gae(
         gamma, lam: numbers in [0, 1], or tensors of one per column, [N].
         time_dim: dimension of time; memory where columns (0) or where steps (1) are neighbours is read as it lies.
         differentiable: differentiate through the estimate (the plain torch formula).
+        out: (advantages, returns) to write to, contiguous, of the results' shape and dtype, apart from every input. Worth
+            it above 32 MiB, where an allocator maps fresh pages on every call: that takes longer than the scan.
 
     Flags and masks are bool, integer or floating, set where not 0; floating inputs float32, float64, bfloat16 or
     float16, in any strides.
@@ -60,6 +63,9 @@ def gae(
     Cost: reads each input once, writes two outputs: float32 with bool `terminated` 17 bytes a step. Bits do not depend
     on threads, instruction set, layout, or what else is in the batch; packed and padded sequences agree.
     """
+    if out is not None:
+        return _into(out, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
+                     gamma, lam, time_dim, differentiable)  # fmt: skip
     if not differentiable:
         if torch.compiler.is_compiling():
             return _op(*map(_scan.constant, (rewards, values, last_values, terminated, truncated)),
@@ -87,10 +93,25 @@ def gae(
     return result if differentiable else tuple(x.detach() for x in result)
 
 
+def _into(out, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
+          time_dim, differentiable):  # fmt: skip
+    if differentiable:
+        raise ValueError("gae: out cannot be given with differentiable=True")
+    _scan.check_out("gae", out, rewards, values, (last_values, terminated, truncated, mask))
+    if rewards.ndim <= 2 and not torch.compiler.is_compiling() and _backend.takes_kernel("gae", rewards):
+        torch.autograd.graph.increment_version(out)
+        return _fill(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
+                     gamma, lam, time_dim, out)  # fmt: skip
+    fresh = gae(rewards, values, last_values, terminated=terminated, truncated=truncated, final_values=final_values,
+                mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam,
+                time_dim=time_dim)  # fmt: skip
+    return tuple(to.copy_(x) for to, x in zip(out, fresh, strict=True))
+
+
 def _fill(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
-          time_dim):  # fmt: skip
+          time_dim, out=None):  # fmt: skip
     double = _scan.is_double(rewards, values)
-    advantages, returns = _scan.empty(rewards, double), _scan.empty(rewards, double)
+    advantages, returns = (_scan.empty(rewards, double), _scan.empty(rewards, double)) if out is None else out
     _backend._C.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
                     gamma, lam, time_dim, double, advantages, returns, torch.get_num_threads())  # fmt: skip
     return advantages, returns
