@@ -289,8 +289,16 @@ def test_out_is_written_and_returned(shape, backend):
     ("make", "error", "message"),
     [
         (lambda r: torch.empty(5, 7), TypeError, "out must be a tuple of two tensors"),
-        (lambda r: (torch.empty(5, 7), torch.empty(7, 5)), ValueError, r"out\[1\] must be the shape of rewards = \[5, 7\]"),
-        (lambda r: (torch.empty(5, 7).double(), torch.empty(5, 7)), TypeError, r"out\[0\] must be float32, got float64"),
+        (
+            lambda r: (torch.empty(5, 7), torch.empty(7, 5)),
+            ValueError,
+            r"out\[1\] must be the shape of rewards = \[5, 7\]",
+        ),
+        (
+            lambda r: (torch.empty(5, 7).double(), torch.empty(5, 7)),
+            TypeError,
+            r"out\[0\] must be float32, got float64",
+        ),
         (lambda r: (torch.empty(7, 5).t(), torch.empty(5, 7)), ValueError, r"out\[0\] must be contiguous"),
         (lambda r: (r, torch.empty(5, 7)), ValueError, r"out\[0\] must have memory of its own"),
         (lambda r: (torch.empty(5, 7),) * 2, ValueError, r"out\[1\] must have memory of its own"),

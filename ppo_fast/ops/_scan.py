@@ -38,7 +38,9 @@ def check_out(op: str, out: tuple[Tensor, Tensor], rewards: Tensor, values: Tens
         if x.dtype is not dtype:
             raise TypeError(f"{op}: out[{i}] must be {str(dtype)[6:]}, got {str(x.dtype)[6:]}")
         if x.shape != rewards.shape:
-            raise ValueError(f"{op}: out[{i}] must be the shape of rewards = {list(rewards.shape)}, got {list(x.shape)}")
+            raise ValueError(
+                f"{op}: out[{i}] must be the shape of rewards = {list(rewards.shape)}, got {list(x.shape)}"
+            )
         if not x.is_contiguous() or x.requires_grad:
             raise ValueError(f"{op}: out[{i}] must be contiguous and require no gradient")
         if x.numel() and x.untyped_storage().data_ptr() in taken:
