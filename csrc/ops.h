@@ -10,7 +10,8 @@ enum class DType : int32_t { f32, f64, bf16, f16, i64, i32, i16, i8, u8, boolean
 constexpr int kMaxDims = 8;
 constexpr int64_t kMaxRowBlocks = 64;  // blocks of rows whose partial sums are merged in order
 
-// A tensor of any strides. Dimensions that strides allow to merge are merged, so most have one. data == nullptr: absent.
+// A tensor of any strides. Dimensions that strides allow to merge are merged, so most have one. data == nullptr:
+// absent.
 struct Stream {
   const void* data = nullptr;
   DType dtype = DType::f32;
@@ -46,10 +47,11 @@ enum Kl { kNoKl, kK1, kAbs, kK2, kK3 };
 enum RolloutCorrection { kNoCorrection, kTis, kIcePop };
 
 // Order of STATS in ppo_fast/config.py.
-#define PF_STATS(X)                                                                                                \
-  X(policy_loss) X(value_loss) X(entropy) X(kl) X(approx_kl) X(old_approx_kl) X(clip_fraction) X(clip_fraction_low) \
-  X(clip_fraction_high) X(dual_clip_fraction) X(value_clip_fraction) X(ratio_mean) X(ratio_min) X(ratio_max) X(ess) \
-  X(explained_variance)
+#define PF_STATS(X)                                                                                              \
+  X(policy_loss)                                                                                                 \
+  X(value_loss) X(entropy) X(kl) X(approx_kl) X(old_approx_kl) X(clip_fraction) X(clip_fraction_low)             \
+      X(clip_fraction_high) X(dual_clip_fraction) X(value_clip_fraction) X(ratio_mean) X(ratio_min) X(ratio_max) \
+          X(ess) X(explained_variance)
 enum Stat {
 #define X(name) k_##name,
   PF_STATS(X)
@@ -263,23 +265,23 @@ struct ScanArgs {
 };
 
 // Every CPU op: its name and its arguments. csrc/cpu/<name>.inc is the body.
-#define PF_CPU_OPS(X) \
-  X(ppo_loss, PpoLossArgs) \
-  X(whiten, WhitenArgs) \
-  X(categorical_ppo_loss, CategoricalPpoLossArgs) \
-  X(normal_ppo_loss, NormalPpoLossArgs) \
-  X(categorical_log_prob, CategoricalLogProbArgs) \
-  X(categorical_log_prob_backward, CategoricalLogProbBackwardArgs) \
-  X(normal_log_prob, NormalLogProbArgs) \
-  X(normal_log_prob_backward, NormalLogProbBackwardArgs) \
-  X(gae, ScanArgs) \
-  X(vtrace, ScanArgs) \
-  X(discounted_returns, ScanArgs) \
-  X(multi_categorical_log_prob, MultiCategoricalLogProbArgs) \
+#define PF_CPU_OPS(X)                                                         \
+  X(ppo_loss, PpoLossArgs)                                                    \
+  X(whiten, WhitenArgs)                                                       \
+  X(categorical_ppo_loss, CategoricalPpoLossArgs)                             \
+  X(normal_ppo_loss, NormalPpoLossArgs)                                       \
+  X(categorical_log_prob, CategoricalLogProbArgs)                             \
+  X(categorical_log_prob_backward, CategoricalLogProbBackwardArgs)            \
+  X(normal_log_prob, NormalLogProbArgs)                                       \
+  X(normal_log_prob_backward, NormalLogProbBackwardArgs)                      \
+  X(gae, ScanArgs)                                                            \
+  X(vtrace, ScanArgs)                                                         \
+  X(discounted_returns, ScanArgs)                                             \
+  X(multi_categorical_log_prob, MultiCategoricalLogProbArgs)                  \
   X(multi_categorical_log_prob_backward, MultiCategoricalLogProbBackwardArgs) \
-  X(bernoulli_log_prob, BernoulliLogProbArgs) \
-  X(bernoulli_log_prob_backward, BernoulliLogProbBackwardArgs) \
-  X(beta_log_prob, BetaLogProbArgs) \
+  X(bernoulli_log_prob, BernoulliLogProbArgs)                                 \
+  X(bernoulli_log_prob_backward, BernoulliLogProbBackwardArgs)                \
+  X(beta_log_prob, BetaLogProbArgs)                                           \
   X(beta_log_prob_backward, BetaLogProbBackwardArgs)
 
 }  // namespace pf

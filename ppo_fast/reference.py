@@ -8,6 +8,7 @@ a value or a gradient.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,7 +109,7 @@ def _packed(op: Callable[..., tuple[Tensor, ...]], cu_seqlens: Tensor, streams: 
     """Runs `op` on every piece of packed 1-D inputs and joins the results."""
     pieces = []
     bounds = cu_seqlens.tolist()
-    for s, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (a, b) in enumerate(itertools.pairwise(bounds)):
         cut = {k: None if v is None else v[a:b] for k, v in streams.items()}
         rows = {k: v[s] if isinstance(v, Tensor) else v for k, v in per_row.items()}
         pieces.append(op(**cut, **rows, **rest))

@@ -95,7 +95,9 @@ def test_same_bits_everywhere(width, dtype):
 @pytest.mark.parametrize("width", [2, 6, 64, 65, 2100])
 def test_rows_stand_alone(width):
     logits, actions = strided((53, width), "plain", torch.float32), torch.randint(0, width, (53,))
-    assert_rows_stand_alone(lambda z, a: pf.categorical_log_prob(z, a, temperature=0.7), [logits, actions], (True, True))
+    assert_rows_stand_alone(
+        lambda z, a: pf.categorical_log_prob(z, a, temperature=0.7), [logits, actions], (True, True)
+    )
     whole = gradients(lambda z: pf.categorical_log_prob(z, actions), [logits])[2]
     for row in (0, 15, 16, 52):
         z = logits[row : row + 1].clone().requires_grad_()
@@ -314,9 +316,7 @@ def test_registered_op(entropy):
     _, h, saved = torch.ops.ppo_fast.categorical_log_prob(*args)
     g = torch.randn(5)
     rest = (h.detach(), saved, g, g if entropy else None)
-    torch.library.opcheck(
-        torch.ops.ppo_fast.categorical_log_prob_backward.default, (z.detach(), *args[1:], *rest)
-    )
+    torch.library.opcheck(torch.ops.ppo_fast.categorical_log_prob_backward.default, (z.detach(), *args[1:], *rest))
 
 
 @pytest.mark.parametrize("width", [6, 90])

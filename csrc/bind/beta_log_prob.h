@@ -27,9 +27,9 @@ inline void bind_beta_log_prob(py::module_& m) {
     a.threads = threads;
     without_gil(64 * alpha.numel(), [&] { pf::beta_log_prob(a); });
   });
-  m.def("beta_log_prob_backward", [](py::handle alpha_, py::handle beta_, py::handle actions_, double low, double high,
-                                     py::handle d_log_prob_, py::handle d_entropy_, py::handle d_alpha_,
-                                     py::handle d_beta_, int threads) {
+  m.def("beta_log_prob_backward",
+        [](py::handle alpha_, py::handle beta_, py::handle actions_, double low, double high, py::handle d_log_prob_,
+           py::handle d_entropy_, py::handle d_alpha_, py::handle d_beta_, int threads) {
     const char* op = "beta_log_prob";
     const Tensor alpha(op, "alpha", alpha_), beta(op, "beta", beta_), actions(op, "actions", actions_);
     const Tensor d_log_prob(op, "grad of log_prob", d_log_prob_), d_entropy(op, "grad of entropy", d_entropy_);

@@ -22,16 +22,17 @@ inline MultiCategorical multi_categorical(const Tensor& logits, const Tensor& ac
     total += n;
   }
   if (actions.size(-1) != static_cast<int64_t>(nvec.size()) || logits.size(-1) != total) {
-    throw py::value_error(text(logits.op(), ": nvec must have ", actions.size(-1), " entries, as actions has, that sum to ",
-                               logits.size(-1), ", as logits has, got ", nvec.size(), " that sum to ", total));
+    throw py::value_error(text(logits.op(), ": nvec must have ", actions.size(-1),
+                               " entries, as actions has, that sum to ", logits.size(-1), ", as logits has, got ",
+                               nvec.size(), " that sum to ", total));
   }
   return {logits.rows(), action_mask.rows(), actions.rows(), nvec.data()};
 }
 
 inline void bind_multi_categorical_log_prob(py::module_& m) {
-  m.def("multi_categorical_log_prob", [](py::handle logits_, py::handle actions_, py::handle mask_,
-                                         const py::sequence& nvec_, py::handle log_prob_, py::handle entropy_,
-                                         py::handle saved_, int threads) {
+  m.def("multi_categorical_log_prob",
+        [](py::handle logits_, py::handle actions_, py::handle mask_, const py::sequence& nvec_, py::handle log_prob_,
+           py::handle entropy_, py::handle saved_, int threads) {
     const char* op = "multi_categorical_log_prob";
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor log_prob(op, "log_prob", log_prob_), entropy(op, "entropy", entropy_), saved(op, "saved", saved_);
@@ -44,8 +45,11 @@ inline void bind_multi_categorical_log_prob(py::module_& m) {
     a.is_double = logits.is_double();
     a.log_prob = result(log_prob.required(), logits, lead, a.is_double);
     a.entropy = result(entropy, logits, lead, a.is_double);
-    a.saved = saved.required().dtype_is(log_prob.dtype(), "the compute dtype").shape_is({3, heads, a.n}, "[3, K, rows]")
-                  .contiguous().data();
+    a.saved = saved.required()
+                  .dtype_is(log_prob.dtype(), "the compute dtype")
+                  .shape_is({3, heads, a.n}, "[3, K, rows]")
+                  .contiguous()
+                  .data();
     Offence offence;
     a.offence = &offence;
     a.threads = threads;
@@ -55,9 +59,9 @@ inline void bind_multi_categorical_log_prob(py::module_& m) {
                         offence.value, " at row ", offence.where / heads));
     }
   });
-  m.def("multi_categorical_log_prob_backward", [](py::handle logits_, py::handle actions_, py::handle mask_,
-                                                  const py::sequence& nvec_, py::handle saved_, py::handle d_log_prob_,
-                                                  py::handle d_entropy_, py::handle d_logits_, int threads) {
+  m.def("multi_categorical_log_prob_backward",
+        [](py::handle logits_, py::handle actions_, py::handle mask_, const py::sequence& nvec_, py::handle saved_,
+           py::handle d_log_prob_, py::handle d_entropy_, py::handle d_logits_, int threads) {
     const char* op = "multi_categorical_log_prob";
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor saved(op, "saved", saved_), d_log_prob(op, "grad of log_prob", d_log_prob_);
@@ -68,8 +72,11 @@ inline void bind_multi_categorical_log_prob(py::module_& m) {
     const int lead = logits.ndim() - 1;
     a.n = logits.numel_of(lead);
     a.is_double = logits.is_double();
-    a.saved = saved.required().dtype_is(a.is_double ? DType::f64 : DType::f32, "the compute dtype")
-                  .shape_is({3, static_cast<int64_t>(nvec.size()), a.n}, "[3, K, rows]").contiguous().data();
+    a.saved = saved.required()
+                  .dtype_is(a.is_double ? DType::f64 : DType::f32, "the compute dtype")
+                  .shape_is({3, static_cast<int64_t>(nvec.size()), a.n}, "[3, K, rows]")
+                  .contiguous()
+                  .data();
     a.d_log_prob = incoming(d_log_prob, logits, lead);
     a.d_entropy = incoming(d_entropy, logits, lead);
     a.d_logits = gradient_rows(d_logits, logits);

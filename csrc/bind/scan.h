@@ -56,8 +56,10 @@ class ScanInputs {
     } else {
       const Tensor t(op_, "final_values", final_values);
       if (args.truncated.data && !t) {
-        throw py::value_error(text(op_, ": final_values must be given with truncated: V of the state that each "
-                                   "truncated step led to, ", shape_, " or (flat_index, value)"));
+        throw py::value_error(text(op_,
+                                   ": final_values must be given with truncated: V of the state that each "
+                                   "truncated step led to, ",
+                                   shape_, " or (flat_index, value)"));
       }
       t.floating();
       args.final_values = grid(t);
@@ -71,8 +73,7 @@ class ScanInputs {
     args.mask = flags("mask", object);
     if (!mode) return;
     args.carry = PyUnicode_Check(mode.ptr()) && PyUnicode_CompareWithASCIIString(mode.ptr(), "carry") == 0;
-    if (!args.carry &&
-        !(PyUnicode_Check(mode.ptr()) && PyUnicode_CompareWithASCIIString(mode.ptr(), "zero") == 0)) {
+    if (!args.carry && !(PyUnicode_Check(mode.ptr()) && PyUnicode_CompareWithASCIIString(mode.ptr(), "zero") == 0)) {
       throw py::value_error(text(op_, ": mask_mode must be 'carry' or 'zero', got ", std::string(py::repr(mode))));
     }
   }
@@ -110,8 +111,10 @@ class ScanInputs {
     if (missing_ < 0) return;
     const int64_t t = args.output_t == 1 ? missing_ % args.steps : missing_ / args.output_t;
     const int64_t n = args.output_t == 1 ? missing_ / args.steps : missing_ % args.output_t;
-    throw py::value_error(text(op_, ": final_values must have an entry for every truncated step, got none for flat "
-                               "index ", missing_, rewards_.ndim() == 2 ? text(" (t = ", t, ", n = ", n, ")") : ""));
+    throw py::value_error(text(op_,
+                               ": final_values must have an entry for every truncated step, got none for flat "
+                               "index ",
+                               missing_, rewards_.ndim() == 2 ? text(" (t = ", t, ", n = ", n, ")") : ""));
   }
 
  private:
@@ -192,7 +195,8 @@ class ScanInputs {
     for (size_t i = 0; i < order.size(); ++i) {
       order[i] = {integer(at, i), i};
       if (order[i].first < 0 || order[i].first >= rewards_.numel()) {
-        index.fail(text("be in [0, ", rewards_.numel(), "), flat positions in rewards, got ", order[i].first, " at ", i));
+        index.fail(
+            text("be in [0, ", rewards_.numel(), "), flat positions in rewards, got ", order[i].first, " at ", i));
       }
     }
     std::sort(order.begin(), order.end());

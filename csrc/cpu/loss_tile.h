@@ -27,7 +27,7 @@ struct LossSums {
 // What the whole batch must agree on before the first gradient is written.
 template <class T>
 struct LossScale {
-  T weight;        // 1/denominator
+  T weight;  // 1/denominator
   bool normalize;  // (A - shift)/divisor
   T shift, divisor;
 };

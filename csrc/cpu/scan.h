@@ -86,8 +86,8 @@ inline void look_up(const ScanArgs& a, const ScanTile<T>& tile, const TileShape&
       const int64_t* at = std::upper_bound(a.final_index, end, flat);
       if (at == a.final_index || at[-1] != flat) {  // the smallest one, whichever thread meets it
         for (int64_t seen = __atomic_load_n(a.missing, __ATOMIC_RELAXED);
-             (seen < 0 || flat < seen) && !__atomic_compare_exchange_n(a.missing, &seen, flat, true, __ATOMIC_RELAXED,
-                                                                      __ATOMIC_RELAXED);) {
+             (seen < 0 || flat < seen) &&
+             !__atomic_compare_exchange_n(a.missing, &seen, flat, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);) {
         }
         continue;
       }
@@ -320,8 +320,10 @@ void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int6
       if (has.mask) {
         for (int64_t t = length - 1; t >= 0; --t) {
           after[t] = next;
-          if (tile.mask.data[t]) next = value[t];
-          else if (!has.carry) next = T(0);
+          if (tile.mask.data[t])
+            next = value[t];
+          else if (!has.carry)
+            next = T(0);
         }
       } else {
         std::memcpy(after, value + 1, (length - 1) * sizeof(T));

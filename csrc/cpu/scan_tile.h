@@ -157,21 +157,25 @@ PF_INLINE void store_lanes(const Vec<T>& v, T* to, int64_t n) {
   if (n == 1) *to = lanes[0];
 }
 
-// --- sixteen places of one column: lane l holds steps 4·group_of(l) ... + 3 of 64 that follow each other ---------------
-// The 64 elements are transposed in quads that never leave their register, so the lanes come permuted.
+// --- sixteen places of one column: lane l holds steps 4·group_of(l) ... + 3 of 64 that follow each other
+// --------------- The 64 elements are transposed in quads that never leave their register, so the lanes come permuted.
 
 template <class T>
 constexpr int group_of(int lane) {
   constexpr int per = Registers<T>::kPer, quads = per / 4;
-  if constexpr (quads == 0) return lane;
-  else return lane / per * per + (lane % 4) * quads + lane % per / 4;
+  if constexpr (quads == 0)
+    return lane;
+  else
+    return lane / per * per + (lane % 4) * quads + lane % per / 4;
 }
 
 template <class T>
 constexpr int lane_of(int group) {
   constexpr int per = Registers<T>::kPer, quads = per / 4;
-  if constexpr (quads == 0) return group;
-  else return group / per * per + group % per % quads * 4 + group % per / quads;
+  if constexpr (quads == 0)
+    return group;
+  else
+    return group / per * per + group % per % quads * 4 + group % per / quads;
 }
 template <class T>
 PF_INLINE Vec<T> first_steps() {  // of each lane's group
@@ -221,8 +225,7 @@ PF_INLINE void load_groups(const T* p, Vec<T>* step) {
   } else {
     PF_EACH(i) {
       typename R::Float r[4];
-      for (int k = 0; k < 4; ++k)
-        r[k] = *reinterpret_cast<const typename R::LooseFloat*>(p + (4 * i + k) * R::kPer);
+      for (int k = 0; k < 4; ++k) r[k] = *reinterpret_cast<const typename R::LooseFloat*>(p + (4 * i + k) * R::kPer);
       transpose_quads<T>(r);
       for (int j = 0; j < 4; ++j) step[j].r[i] = r[j];
     }

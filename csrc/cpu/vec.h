@@ -29,8 +29,8 @@ struct Registers {
   typedef T LooseFloat __attribute__((vector_size(PF_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 };
 
-// Unrolled and inlined; not so for the base level beside better ones, which only processors of before 2013 run: there it
-// would triple the time that the package takes to build.
+// Unrolled and inlined; not so for the base level beside better ones, which only processors of before 2013 run: there
+// it would triple the time that the package takes to build.
 #if PF_X86 && PF_LEVEL == 0
 #define PF_EACH(i) for (int i = 0; i < Registers<T>::kCount; ++i)
 #define PF_INLINE inline

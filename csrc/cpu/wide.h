@@ -20,28 +20,22 @@ struct Wide {
   Vec<T> v[N];
 
   Wide() = default;
-  PF_INLINE Wide(T x) {
-    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = Vec<T>(x);
-  }
-  PF_INLINE Wide(const Vec<T>& x) {
-    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = x;
-  }
+  PF_INLINE Wide(T x) { _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = Vec<T>(x); }
+  PF_INLINE Wide(const Vec<T>& x) { _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = x; }
   static PF_INLINE Wide load(const T* p) {
     Wide w;
     _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) w.v[k] = Vec<T>::load(p + k * kLanes);
     return w;
   }
-  PF_INLINE void store(T* p) const {
-    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k].store(p + k * kLanes);
-  }
+  PF_INLINE void store(T* p) const { _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k].store(p + k * kLanes); }
 };
 
-#define PF_WIDE(Result, name, expression)                                           \
-  template <class T, int N>                                                         \
-  PF_INLINE Result<T, N> name(const Wide<T, N>& a, const Wide<T, N>& b) {           \
-    Result<T, N> r;                                                                 \
-    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) expression;                 \
-    return r;                                                                       \
+#define PF_WIDE(Result, name, expression)                                 \
+  template <class T, int N>                                               \
+  PF_INLINE Result<T, N> name(const Wide<T, N>& a, const Wide<T, N>& b) { \
+    Result<T, N> r;                                                       \
+    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) expression;       \
+    return r;                                                             \
   }
 PF_WIDE(Wide, operator+, r.v[k] = a.v[k] + b.v[k])
 PF_WIDE(Wide, operator-, r.v[k] = a.v[k] - b.v[k])

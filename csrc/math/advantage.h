@@ -58,8 +58,8 @@ struct Transition {
   M cut;
 };
 
-// Each estimator: which inputs it has, its step, and its outputs from x_t and x_{t+1}. `decay` is what it makes of γ and
-// λ once per column, in float64.
+// Each estimator: which inputs it has, its step, and its outputs from x_t and x_{t+1}. `decay` is what it makes of γ
+// and λ once per column, in float64.
 
 // δ_t = r_t + γ·V_{t+1} - V_t;  A_t = δ_t + γλ·A_{t+1};  returns = A + V (arXiv 1506.02438, eq. 16).
 template <class T>

@@ -47,8 +47,8 @@ inline BetaTerm beta_term(double alpha, double beta, double x, double log_width)
   const double total = alpha + beta;
   const double log_norm = log_gamma(alpha) + log_gamma(beta) - log_gamma(total) + log_width;
   const double up = x_log_y(alpha - 1, x, std::log(x)), down = x_log_y(beta - 1, x, std::log1p(-x));
-  return {up + down - log_norm, log_norm - (alpha - 1) * digamma(alpha) - (beta - 1) * digamma(beta) +
-                                    (total - 2) * digamma(total)};
+  return {up + down - log_norm,
+          log_norm - (alpha - 1) * digamma(alpha) - (beta - 1) * digamma(beta) + (total - 2) * digamma(total)};
 }
 
 struct BetaGrad {

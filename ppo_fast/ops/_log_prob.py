@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _backend, _library
 from . import _checks
 
 
@@ -23,6 +26,9 @@ class LogProbOp:
     inputs: tuple[str, ...]
     constants: tuple[str, ...]
     options: str
+    forward: Callable
+    backward: Callable
+    reference: Callable
 
     def __init__(self) -> None:
         tensors = ", ".join([*(f"Tensor {x}" for x in self.inputs), *(self._constant(x) for x in self.constants)])
@@ -54,11 +60,13 @@ class LogProbOp:
     def check(self, *tensors: Tensor | None) -> None:
         """For the reference, what the bindings check for the kernels."""
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], options: tuple, entropy: bool):
+    def __call__(self, tensors: tuple[Any, ...], options: tuple, entropy: bool):
         inputs = tensors[: self.n_inputs]
         names = (name.rstrip("?") for name in self.constants)
         _checks.constants(self.name, **dict(zip(names, tensors[self.n_inputs :], strict=True)))
         if torch.compiler.is_compiling():
+            if not _backend.compiles_kernel(inputs[0]):
+                return self.reference(*tensors, *options, entropy)
             log_prob, h, _ = self.registered(*tensors, *options, entropy)
             return log_prob, h if entropy else None
         if not _checks.takes_kernel(self.name, *tensors):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def check(
     last_values: Tensor | None,
     flags: dict[str, Tensor | None],
     final_values: Final,
-    rates: dict[str, float | Tensor],
+    rates: dict[str, Any],
     clips: dict[str, float],
     cu_seqlens: Tensor | None,
     time_dim: int,
@@ -93,10 +94,10 @@ def check(
 
     for name, x in streams.items():
         shaped(name, x)
-    for name, x in flags.items():
-        if x is not None:
-            _tensor(op, name, x)
-            shaped(name, x)
+    for name, flag in flags.items():
+        if flag is not None:
+            _tensor(op, name, flag)
+            shaped(name, flag)
     if final_values is None:
         if flags["truncated"] is not None:
             raise ValueError(
@@ -123,9 +124,9 @@ def check(
                     raise ValueError(f"{op}: {name} must be in [0, 1], got {x.reshape(-1)[at].item():g} at {at}")
         elif not 0.0 <= _number(op, name, x) <= 1.0:
             raise ValueError(f"{op}: {name} must be in [0, 1], got {x:g}")
-    for name, x in clips.items():
-        if not _number(op, name, x) > 0.0:
-            raise ValueError(f"{op}: {name} must be > 0, got {x:g}")
+    for name, clip in clips.items():
+        if not _number(op, name, clip) > 0.0:
+            raise ValueError(f"{op}: {name} must be > 0, got {clip:g}")
 
 
 def _tensor(op: str, name: str, x: Tensor) -> None:
@@ -250,13 +251,13 @@ def constant(x: Tensor | None) -> Tensor | None:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def split_final(x: Final) -> tuple[Tensor | None, Tensor | None]:
+def split_final(x: Any) -> tuple[Tensor | None, Tensor | None]:
     """(value, index) as a registered op takes them."""
     index, value = x if isinstance(x, tuple) else (None, x)
     return constant(value), index
 
 
-def joined_final(value: Tensor | None, index: Tensor | None) -> Final:
+def joined_final(value: Any, index: Any) -> Any:
     return value if index is None else (index, value)
 
 

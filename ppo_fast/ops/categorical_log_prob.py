@@ -61,6 +61,8 @@ def categorical_log_prob(
     _checks.constants(_OP, actions=actions, temperature=rows, action_mask=action_mask)
     options = (action_mask, rows, temperature, ignore_index)
     if torch.compiler.is_compiling():
+        if not _backend.compiles_kernel(logits):
+            return _reference(logits, actions, *options, entropy)
         log_prob, h, _ = _op(logits, actions, *options, entropy)
         return log_prob, h if entropy else None
     if not _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
@@ -88,7 +90,7 @@ def _check_shapes(logits: Tensor, actions: Tensor, action_mask: Tensor | None) -
 
 
 def _check_inplace(logits: Tensor) -> None:
-    base = logits._base if logits._is_view() else logits
+    base = logits if logits._base is None else logits._base
     if logits.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError(
             f"{_OP}: inplace_backward must not be used on a leaf that requires a gradient, or a view of one"
