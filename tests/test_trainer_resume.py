@@ -182,7 +182,7 @@ def test_killed_at_random_moments_and_resumed_is_as_if_never_killed(tmp_path):
         before = step_of(killed)
         process = start(killed, "--no-tensorboard")
         wait_for_checkpoint(process, killed, before)
-        time.sleep(chance.uniform(0.0, 0.5))
+        time.sleep(chance.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
