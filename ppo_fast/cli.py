@@ -183,6 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name not in ("gymnasium", "rich", "tyro"):
+            raise
+        print(f'{PROG}: error: {error.name} is not installed: pip install "ppo_fast[control]"', file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 130

@@ -128,6 +128,15 @@ def test_mujoco_missing_is_named_where_it_is_installed_too(capsys, monkeypatch):
     assert_one_line(run(capsys, "train", "control", "--env-id", "Hopper-v5"), "ppo_fast[mujoco]", "Hopper-v5")
 
 
+@pytest.mark.parametrize("package", ["tyro", "tensorboard", "matplotlib"])
+def test_a_missing_package_is_named_before_training(capsys, monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_one_line(
+        run(capsys, "train", "control", "--run-dir", "run"), f"{package} is not installed", "ppo_fast[control]"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_run_dir_that_is_a_file_or_inside_one(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in ("file", "file/below"):

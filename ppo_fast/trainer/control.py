@@ -9,6 +9,7 @@ resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import random
 import time
 import warnings
@@ -63,25 +64,25 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.envs = make_envs(config, make_env)
-        codec = ObservationCodec(self.envs.single_observation_space)
-        policy = make_policy(self.envs.single_action_space)
-        self.net = ActorCritic(
-            codec.dim,
-            policy.num_params,
-            policy.num_log_std,
-            config.hidden_sizes,
-            config.initial_log_std,
-            self.generator,
-        )
+        try:
+            self._build()
+        except BaseException:  # worker processes must not outlive us
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        config, envs = self.config, self.envs
+        codec, policy = ObservationCodec(envs.single_observation_space), make_policy(envs.single_action_space)
+        sizes = codec.dim, policy.num_params, policy.num_log_std, config.hidden_sizes
+        self.net = ActorCritic(*sizes, config.initial_log_std, self.generator)
         self.obs_normalizer = ObservationNormalizer(codec.dim) if config.normalize_observations else None
         self.reward_normalizer = RewardNormalizer(config.num_envs, config.gamma) if config.normalize_rewards else None
-        self.collector = Collector(config, self.envs, codec, policy, self.net, self.obs_normalizer, self.generator)
+        self.collector = Collector(config, envs, codec, policy, self.net, self.obs_normalizer, self.generator)
         self.learner = Learner(config, policy, self.net, self.generator)
         self.now = Snapshot()
         try:
-            obs, info = self.envs.reset()
-        except Exception as error:
-            self.close()
+            obs, info = envs.reset()
+        except Exception as error:  # an environment may raise anything; it stays attached as the cause
             raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
         self.collector.begin(obs, info)
 
@@ -204,6 +205,12 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
 
 
 def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console) -> TrainResult:
+    for package, wanted, without in (
+        ("tensorboard", config.tensorboard, "--no-tensorboard"),
+        ("matplotlib", config.plot, "--no-plot"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f'{package} is not installed: pip install "ppo_fast[control]", or go without by {without}')
     state = load_checkpoint(config)
     # before the folder, so that a mistake found here leaves no trace
     with contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
