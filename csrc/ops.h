@@ -47,11 +47,25 @@ enum Kl { kNoKl, kK1, kAbs, kK2, kK3 };
 enum RolloutCorrection { kNoCorrection, kTis, kIcePop };
 
 // Order of STATS in ppo_fast/config.py.
-#define PF_STATS(X)                                                                                              \
-  X(policy_loss)                                                                                                 \
-  X(value_loss) X(entropy) X(kl) X(approx_kl) X(old_approx_kl) X(clip_fraction) X(clip_fraction_low)             \
-      X(clip_fraction_high) X(dual_clip_fraction) X(value_clip_fraction) X(ratio_mean) X(ratio_min) X(ratio_max) \
-          X(ess) X(explained_variance)
+// clang-format off
+#define PF_STATS(X) \
+  X(policy_loss) \
+  X(value_loss) \
+  X(entropy) \
+  X(kl) \
+  X(approx_kl) \
+  X(old_approx_kl) \
+  X(clip_fraction) \
+  X(clip_fraction_low) \
+  X(clip_fraction_high) \
+  X(dual_clip_fraction) \
+  X(value_clip_fraction) \
+  X(ratio_mean) \
+  X(ratio_min) \
+  X(ratio_max) \
+  X(ess) \
+  X(explained_variance)
+// clang-format on
 enum Stat {
 #define X(name) k_##name,
   PF_STATS(X)

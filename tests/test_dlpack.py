@@ -183,7 +183,6 @@ def negated(x):
     return lazy
 
 
-@pytest.mark.xfail(strict=True, reason="csrc/bind/tensor.h does not see the neg bit")
 @pytest.mark.parametrize("name", ["log_prob", "old_log_prob", "advantages", "values", "returns", "weights"])
 def test_neg_bit(name):
     names = ("log_prob", "old_log_prob", "advantages", "values", "returns", "weights")

@@ -54,6 +54,10 @@ class Tensor {
     if (object.is_none()) return;
     if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object.ptr()))) {
       if (api->dltensor_from_py_object_no_sync(object.ptr(), &t_) != 0) throw py::error_already_set();
+      if (may_be_negated() && py::hasattr(object, "resolve_neg")) {
+        capsule_ = object.attr("resolve_neg")();  // the tensor itself where there is nothing to resolve
+        if (api->dltensor_from_py_object_no_sync(capsule_.ptr(), &t_) != 0) throw py::error_already_set();
+      }
     } else {
       if (!py::hasattr(object, "__dlpack__")) {
         throw py::type_error(text(op, ": ", name, " must be a tensor, got ", Py_TYPE(object.ptr())->tp_name));
@@ -198,6 +202,13 @@ class Tensor {
 
  private:
   static constexpr char kNothing = 0;
+
+  // Torch's neg bit does not travel through DLPack. What carries it is an imaginary part: no step of it is odd.
+  bool may_be_negated() const {
+    for (int d = 0; d < t_.ndim; ++d)
+      if (t_.shape[d] > 1 && stride(d) % 2 != 0) return false;
+    return numel() > 0;
+  }
 
   DType dtype_of_view() const {
     const DLDataType d = t_.dtype;
