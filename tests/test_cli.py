@@ -50,6 +50,7 @@ def test_training_leaves_what_it_promises(capsys, tmp_path):
     names = {p.name for p in (tmp_path / "out" / "run").iterdir()}
     assert names == {"checkpoint.pt", "config.json", "curve.png", "episodes.csv", "progress.csv", ".lock"}
     assert (tmp_path / "out/run/curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "no (gymnasium asks for 475)" in out
     for word in ("steps per second", "rollout", "advantage", "update", "mean return", "checkpoint.pt"):
         assert word in out
     assert "\x1b" not in out  # not a terminal: no control codes

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -93,7 +94,7 @@ class LiveProgress:
                 return
             self.console.print(
                 f"step {now.global_step:,}/{self.total:,} ({100 * now.global_step // self.total}%)  "
-                f"return {now.mean_return:.1f}  episodes {now.episodes:,}  kl {stats['approx_kl']:.4f}  "
+                f"return {now.mean_return:.1f}  episodes {now.episodes:,}  kl {stats['approx_kl']:.1e}  "
                 f"entropy {stats['entropy']:.3f}  {rate:,.0f} steps/s",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
@@ -172,6 +173,10 @@ def summary(config: ControlConfig, now: Snapshot, files: list[tuple[str, Path]])
     table.add_row("environment steps", f"{now.global_step:,}")
     table.add_row("episodes", f"{now.episodes:,}")
     table.add_row(f"mean return, last {len(now.recent)} episodes", f"{now.mean_return:.1f}")
+    spec = gym.registry.get(config.env_id.rpartition(":")[2])
+    if spec is not None and spec.reward_threshold is not None:
+        solved = len(now.recent) == WINDOW and now.mean_return >= spec.reward_threshold
+        table.add_row("solved", f"{'yes' if solved else 'no'} (gymnasium asks for {spec.reward_threshold:g})")
     table.add_row("time", f"{timing.total:.1f} s")
     table.add_row("steps per second", f"{timing.rate(now.global_step):,.0f}")
     for name in ("rollout", "advantage", "update", "other"):
