@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _library
+from .. import _backend, _library, _memory
 from . import _checks
 
 
@@ -159,4 +159,4 @@ def empty_results(lead: torch.Size, entropy: bool, *tensors: Tensor | None) -> t
 
 
 def empty_gradient(x: Tensor, needed: bool = True) -> Tensor | None:
-    return torch.empty(x.shape, dtype=x.dtype) if needed else None
+    return _memory.empty_like(x) if needed else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _library
+from .. import _backend, _library, _memory
 from .._autograd import attach
 from ..config import STATS, LossConfig
 from ..outputs import PPOLoss, Stats
@@ -227,4 +227,4 @@ def outputs(like: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
 def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:
     if x is None or not wanted:
         return None
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _memory.empty_like(x)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, _memory
 
 _FLOAT = torch.float32
 _DOUBLE = torch.float64
@@ -22,10 +22,7 @@ def is_double(*inputs: Tensor) -> bool:
 
 def empty(like: Tensor, double: bool) -> Tensor:
     """An output, contiguous in the shape of `like`."""
-    dtype = _DOUBLE if double else _FLOAT
-    if like.dtype is dtype and like.is_contiguous():
-        return torch.empty_like(like)
-    return torch.empty(like.shape, dtype=dtype)
+    return _memory.empty_like(like, _DOUBLE if double else _FLOAT)
 
 
 def check_out(op: str, out: tuple[Tensor, Tensor], rewards: Tensor, values: Tensor, others: tuple) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _backend, _library, reference
+from .. import _backend, _library, _memory, reference
 from . import _checks
 
 _OP = "categorical_log_prob"
@@ -152,7 +152,7 @@ class _Function(torch.autograd.Function):
             d_logits = logits.detach()
             torch.autograd.graph.increment_version(logits)
         else:
-            d_logits = torch.empty(logits.shape, dtype=logits.dtype)
+            d_logits = _memory.empty_like(logits)
         _backward(logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits)
         return d_logits, *rest
 
@@ -180,7 +180,7 @@ def _backward_kernel(
     logits, actions, action_mask, rows, temperature, ignore_index, entropy, h, saved, d_log_prob, d_entropy
 ):
     if _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
-        d_logits = torch.empty(logits.shape, dtype=logits.dtype)
+        d_logits = _memory.empty_like(logits)
         h, d_entropy = (h, d_entropy) if entropy else (None, None)
         return _backward(logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _library, reference
+from .. import _backend, _library, _memory, reference
 
 
 def whiten(
@@ -61,7 +61,7 @@ def whiten(
         moments = None if group is None else _joined(_reference_moments(x, mask), ddof, group)
         return reference.whiten(x, mask=mask, ddof=ddof, eps=eps, shift_mean=shift_mean,
                                 eps_in_variance=eps_in_variance, moments=moments)  # fmt: skip
-    out = _empty_result(x)
+    out = _memory.empty_like(x, _dtype_of_result(x))
     threads = torch.get_num_threads()
     if group is None:
         _backend._C.whiten(x, mask, out, None, False, ddof, eps, shift_mean, eps_in_variance, threads)
@@ -74,9 +74,8 @@ def whiten(
     return out
 
 
-def _empty_result(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _dtype_of_result(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _reference_moments(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,7 +106,7 @@ def _kernel(x, mask, ddof, eps, shift_mean, eps_in_variance):
 
 
 def _fake(x, mask, ddof, eps, shift_mean, eps_in_variance):
-    return _empty_result(x)
+    return torch.empty_like(x, dtype=_dtype_of_result(x), memory_format=torch.contiguous_format)
 
 
 _op = _library.define(

@@ -1,0 +1,59 @@
+"""Large results in memory that earlier results have left. Above a megabyte the system's allocator gives pages back when a
+result is freed and maps fresh ones for the next: writing to those costs several times what the kernel does. So the last few
+such blocks are kept, as the caching allocator of a GPU does, and used again once nothing refers to them any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+_LEAST = 1 << 20  # bytes; below, the allocator reuses memory by itself
+#: How many blocks are kept; 0 keeps none.
+KEPT = 8
+if _wanted := os.environ.get("PPO_FAST_KEPT_BLOCKS"):
+    if not _wanted.isdecimal():
+        raise ValueError(f"PPO_FAST_KEPT_BLOCKS must be a whole number >= 0, got {_wanted!r}")
+    KEPT = int(_wanted)
+
+_blocks: list[torch.UntypedStorage] = []
+_lock = threading.Lock()
+_references = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is kept
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, in the shape of `x`, on the CPU."""
+    dtype = x.dtype if dtype is None else dtype
+    size = x.numel() * dtype.itemsize
+    if size < _LEAST or KEPT == 0 or _references is None:
+        if x.dtype is dtype and x.is_contiguous():
+            return torch.empty_like(x)
+        return torch.empty(x.shape, dtype=dtype, device="cpu")
+    with _lock:
+        block = _take(size)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, x.shape, _contiguous(x.shape))
+
+
+def _take(size: int) -> torch.UntypedStorage:
+    for i in range(len(_blocks)):
+        block = _blocks[i]
+        # no tensor has it, and of Python nothing but the list, this variable and the count itself
+        if block.nbytes() == size and _references(block._cdata) == 1 and sys.getrefcount(block) == 3:
+            _blocks.append(_blocks.pop(i))  # the block used longest ago is dropped first
+            return block
+    block = torch.UntypedStorage(size, device="cpu")
+    _blocks.append(block)
+    del _blocks[:-KEPT]  # KEPT > 0 here
+    return block
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
