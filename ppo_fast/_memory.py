@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ if _wanted := os.environ.get("PPO_FAST_KEPT_BLOCKS"):
 
 _blocks: list[torch.UntypedStorage] = []
 _lock = threading.Lock()
-_references = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is kept
+# How many tensors have a block. Private to torch: where it is missing nothing is kept.
+_references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -34,15 +36,15 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             return torch.empty_like(x)
         return torch.empty(x.shape, dtype=dtype, device="cpu")
     with _lock:
-        block = _take(size)
+        block = _take(size, _references)
         return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, x.shape, _contiguous(x.shape))
 
 
-def _take(size: int) -> torch.UntypedStorage:
+def _take(size: int, references: Callable[[int], int]) -> torch.UntypedStorage:
     for i in range(len(_blocks)):
         block = _blocks[i]
         # no tensor has it, and of Python nothing but the list, this variable and the count itself
-        if block.nbytes() == size and _references(block._cdata) == 1 and sys.getrefcount(block) == 3:
+        if block.nbytes() == size and references(block._cdata) == 1 and sys.getrefcount(block) == 3:
             _blocks.append(_blocks.pop(i))  # the block used longest ago is dropped first
             return block
     block = torch.UntypedStorage(size, device="cpu")
