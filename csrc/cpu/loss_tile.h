@@ -7,7 +7,7 @@
 namespace pf {
 namespace PF_ISA {
 
-constexpr int64_t kTile = 256;
+constexpr int64_t kTile = 1024;  // long enough for the prefetcher, short enough for L1
 
 // Everything that is summed over tokens; partials of blocks are merged in block order.
 struct LossSums {
@@ -51,6 +51,20 @@ struct LossBuffers {
   alignas(64) T in[10][kTile];
   alignas(64) T out[3][kTile];
   int64_t index[kTile];
+  bool past_cache = false;  // gradients are too large to stay cached: they leave by scratch, past it
+
+  T* gradient(const Stream& s, int64_t first, int64_t n, T* scratch) const {
+    if (!s.data) return nullptr;
+    return past_cache && s.dtype == dtype_of<T>() ? scratch : tile_to_write(s, first, n, scratch);
+  }
+  void finish(const Stream& s, int64_t first, int64_t n, const T* tile, const T* scratch) const {
+    if (!tile || !s.data) return;
+    if (past_cache && s.dtype == dtype_of<T>()) {
+      auto* to = const_cast<T*>(static_cast<const T*>(s.data)) + first;
+      return store_past_cache(to, tile, n * static_cast<int64_t>(sizeof(T)));
+    }
+    finish_tile(s, first, n, tile, scratch);
+  }
 
   LossTile<T> open(const LossArgs& a, int64_t first, int64_t n) {
     const int64_t* at = nullptr;
@@ -60,6 +74,12 @@ struct LossBuffers {
     }
     LossTile<T> t{};
     t.n = n;
+    const int64_t next = first + n, ahead = std::min(kTile, a.n - next);
+    if (past_cache && !at && ahead > 0) {
+      for (const Stream* s : {&a.old_log_prob, &a.advantages, &a.old_values, &a.returns, &a.values, &a.entropy}) {
+        prefetch_tile<T>(*s, next, ahead);
+      }
+    }
     t.old_log_prob = read_tile(a.old_log_prob, first, n, at, in[0]);
     t.advantages = read_tile(a.advantages, first, n, at, in[1]);
     t.old_values = read_tile(a.old_values, first, n, at, in[2]);
@@ -70,13 +90,13 @@ struct LossBuffers {
     t.weights = read_tile(a.weights, first, n, nullptr, in[7]);
     t.values = read_tile(a.values, first, n, nullptr, in[8]);
     t.entropy = read_tile(a.entropy, first, n, nullptr, in[9]);
-    if (a.grad_values.data) t.grad_values = tile_to_write(a.grad_values, first, n, out[0]);
-    if (a.grad_entropy.data) t.grad_entropy = tile_to_write(a.grad_entropy, first, n, out[1]);
+    t.grad_values = gradient(a.grad_values, first, n, out[0]);
+    t.grad_entropy = gradient(a.grad_entropy, first, n, out[1]);
     return t;
   }
-  void close(const LossArgs& a, int64_t first, const LossTile<T>& t) {
-    if (t.grad_values) finish_tile(a.grad_values, first, t.n, t.grad_values, out[0]);
-    if (t.grad_entropy && a.grad_entropy.data) finish_tile(a.grad_entropy, first, t.n, t.grad_entropy, out[1]);
+  void close(const LossArgs& a, int64_t first, const LossTile<T>& t) const {
+    finish(a.grad_values, first, t.n, t.grad_values, out[0]);
+    finish(a.grad_entropy, first, t.n, t.grad_entropy, out[1]);
   }
 };
 
@@ -101,7 +121,7 @@ inline int64_t block_size(int64_t n, int64_t tile, int64_t least) {
 // Runs f(block, first, n, partial) over the tiles, in parallel over blocks, and merges the partials in order.
 template <class Partial, class F>
 inline Partial over_tiles(int64_t n, int64_t tile, int threads, F&& f) {
-  const int64_t size = block_size(n, tile, 16 * tile), blocks = (n + size - 1) / size;
+  const int64_t size = block_size(n, tile, 4096), blocks = (n + size - 1) / size;
   alignas(Partial) unsigned char storage[kMaxBlocks * sizeof(Partial)];  // started block by block: most calls have one
   Partial* partial = reinterpret_cast<Partial*>(storage);
   for (int64_t b = 0; b == 0 || b < blocks; ++b) new (partial + b) Partial;

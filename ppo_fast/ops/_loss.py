@@ -52,9 +52,9 @@ class Loss:
     ) -> PPOLoss:
         """Checks, then one of three: the registered op while compiling, the kernel, or the specification."""
         config = check_config(self.name, config)
-        constants(self.name, **dict(zip(ROLLOUT, rollout, strict=True)))
-        if extra:
-            constants(self.name, actions=extra[0])
+        if any(isinstance(x, Tensor) and x.requires_grad for x in (*rollout, *extra)):
+            constants(self.name, **dict(zip(ROLLOUT, rollout, strict=True)))
+            constants(self.name, actions=extra[0] if extra else None)
         check_denominator(self.name, denominator)
         first = inputs[0]
         compiling = torch.compiler.is_compiling()
