@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Gradients = Sequence[Tensor | None]
+Inputs = Sequence[Tensor | None]
+
+
+class Call(Protocol):
+    """One forward: its loss, and its gradients (None where none is wanted) until they are handed out."""
+
+    loss: Tensor
+    grads: list[Tensor | None] | None
+
+    def recompute(self, inputs: Inputs) -> list[Tensor | None]:
+        """The gradients once more, for a second backward over a retained graph."""
+        ...
+
+    def specification(self, *inputs: Tensor | None) -> Tensor:
+        """The differentiable formula of the loss, for double backward."""
+        ...
 
 
 class _Precomputed(torch.autograd.Function):
@@ -28,40 +44,21 @@ class _Precomputed(torch.autograd.Function):
         # Handed out, not kept: autograd may take them over without a copy. Asked twice, they are computed twice.
         grads, call.grads = call.grads, None
         if grads is None:
-            grads = call.recompute(*inputs)
+            grads = call.recompute(inputs)
         if grad_loss.item() != 1.0:
             grads = [None if g is None else g.mul_(grad_loss) for g in grads]
         return (None, *grads)
 
 
-class _Call:
-    """One forward: its loss, its gradients until they are handed out, and how to have them again."""
-
-    __slots__ = ("grads", "loss", "recompute", "specification")
-
-    def __init__(self, loss, grads, recompute, specification) -> None:
-        self.loss, self.grads, self.recompute, self.specification = loss, grads, recompute, specification
+def attach(call: Call, inputs: Inputs) -> Tensor:
+    """`call.loss` with a backward that hands out `call.grads`."""
+    return _Precomputed.apply(call, *inputs)
 
 
 def differentiable(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Gradients, grad_outputs: Tensor | Gradients
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Inputs, grad_outputs: Tensor | Inputs
 ) -> list[Tensor | None]:
     """Gradients of `function(*inputs)` that can be differentiated again; None for inputs that need none."""
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     grads = iter(torch.autograd.grad(function(*inputs), wanted, grad_outputs, create_graph=True, allow_unused=True))
     return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
-
-
-def attach(
-    loss: Tensor,
-    inputs: Gradients,
-    grads: Gradients,
-    recompute: Callable[..., Gradients],
-    specification: Callable[..., Tensor],
-) -> Tensor:
-    """`loss` with a backward that hands out `grads` (one per input, None where none is wanted).
-
-    recompute(*inputs) -> grads serves a second backward over a retained graph; specification(*inputs) -> loss is the
-    differentiable formula that double backward needs.
-    """
-    return _Precomputed.apply(_Call(loss, grads, recompute, specification), *inputs)

@@ -29,11 +29,11 @@ _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised and contiguous, in the shape of `x`, on the CPU."""
+    if dtype is None and x.nbytes < _LEAST and x.is_contiguous():
+        return torch.empty_like(x)
     dtype = x.dtype if dtype is None else dtype
     size = x.numel() * dtype.itemsize
     if size < _LEAST or KEPT == 0 or _references is None:
-        if x.dtype is dtype and x.is_contiguous():
-            return torch.empty_like(x)
         return torch.empty(x.shape, dtype=dtype, device="cpu")
     with _lock:
         block = _take(size, _references)

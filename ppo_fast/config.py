@@ -125,6 +125,13 @@ class LossConfig:
         vector = torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
         self.__dict__["_vector"] = vector
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @property
     def numbers_vector(self) -> torch.Tensor:
         """`numbers()` as a float64 tensor on the CPU, for registered ops."""

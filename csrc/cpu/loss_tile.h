@@ -28,8 +28,8 @@ struct LossSums {
 template <class T>
 struct LossScale {
   T weight;  // 1/denominator
-  bool normalize;  // (A - shift)/divisor
-  T shift, divisor;
+  bool normalize;  // (A - shift)·inverse
+  T shift, inverse;
 };
 
 // Tiles of T; nullptr: absent. Inputs are readable, outputs writable, up to a whole number of vectors.
@@ -148,7 +148,7 @@ inline LossScale<T> loss_scale(const LossArgs& a) {
         read(a.index, first, n, index);
         at = index;
       }
-      out.merge(tile_moments(read_tile(a.advantages, first, n, at, x), read_tile(a.mask, first, n, at, mask), n));
+      out.merge(tile_moments(read_tile(a.advantages, first, n, at, x), read_tile(a.mask, first, n, at, mask), n, out));
     });
   }
   LossScale<T> scale{};
@@ -158,7 +158,7 @@ inline LossScale<T> loss_scale(const LossArgs& a) {
   scale.normalize = p.normalize_advantages && m.count > p.advantage_ddof;
   if (scale.normalize) {
     scale.shift = static_cast<T>(m.mean);
-    scale.divisor = static_cast<T>(std::sqrt(m.m2 / (m.count - p.advantage_ddof))) + static_cast<T>(p.advantage_eps);
+    scale.inverse = static_cast<T>(1.0 / (std::sqrt(m.m2 / (m.count - p.advantage_ddof)) + p.advantage_eps));
   }
   return scale;
 }

@@ -1,5 +1,6 @@
-// Count, mean and sum of squared deviations: two passes over each tile in L1, tiles joined in double by Chan's rule
-// (Chan, Golub, LeVeque 1979). No cancellation, and a fixed order.
+// Count, mean and sum of squared deviations in one pass. A tile is shifted by where its numbers lie (the mean so far,
+// or that of the first few), so that nothing cancels; tiles are joined in double by Chan's rule (Chan, Golub, LeVeque
+// 1979), in a fixed order.
 #pragma once
 
 namespace pf {
@@ -17,37 +18,53 @@ struct Moments {
   }
 };
 
-// The valid ones of n elements; mask == nullptr: all. kEvery: all, and n is a whole number of vectors.
-template <class T, bool kEvery = false>
-inline Moments tile_moments(const T* x, const T* mask, int64_t n) {
+// A tile's moments while its numbers come by; what is left out adds 0.
+template <class T>
+struct ShiftedMoments {
   using V = Vec<T>;
+  V shift, drift = V(T(0)), squares = V(T(0));
+
+  // at(i), valid(i): sixteen numbers of the tile and which of them count.
+  template <class At, class Valid>
+  PF_INLINE ShiftedMoments(const Moments& so_far, int64_t n, At&& at, Valid&& valid) {
+    T near = static_cast<T>(so_far.mean);
+    for (int64_t i = 0; so_far.count == 0 && i < n; i += kLanes) {
+      const auto m = valid(i);
+      if (!any(m)) continue;
+      const V zero(T(0));
+      near = sum_of_lanes(select(m, at(i), zero)) / sum_of_lanes(select(m, V(T(1)), zero));
+      break;
+    }
+    shift = V(near);
+  }
+  PF_INLINE void add(const V& deviation) {
+    drift = drift + deviation;
+    squares = fma_of(deviation, deviation, squares);
+  }
+  Moments finish(double count) const {
+    if (count == 0) return {};
+    const double left = sum_of_lanes(drift), m2 = sum_of_lanes(squares) - left * (left / count);
+    return {count, static_cast<double>(shift.r[0][0]) + left / count, m2 < 0 ? 0 : m2};  // NaN compares false and stays
+  }
+};
+
+// The valid ones of n elements; mask == nullptr: all.
+template <class T>
+inline Moments tile_moments(const T* x, const T* mask, int64_t n, const Moments& so_far) {
+  using V = Vec<T>;
+  const auto at = [&](int64_t i) { return V::load(x + i); };
+  const auto valid = [&](int64_t i) { return tile_valid<T>(mask, i, n); };
+  ShiftedMoments<T> moments(so_far, n, at, valid);
+  const int64_t whole = mask ? 0 : n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) moments.add(at(i) - moments.shift);
   const V zero(T(0));
-  const auto kept = [&](const V& v, int64_t i) {
-    if constexpr (kEvery) return v;
-    return select(tile_valid<T>(mask, i, n), v, zero);
-  };
-  V sum(T(0));
-  for (int64_t i = 0; i < n; i += kLanes) sum = sum + kept(V::load(x + i), i);
-  Moments m;
-  m.count = static_cast<double>(n);
-  if (mask) {
-    V count(T(0));
-    for (int64_t i = 0; i < n; i += kLanes) count = count + kept(V(T(1)), i);
-    m.count = sum_of_lanes(count);
+  V count = zero;
+  for (int64_t i = whole; i < n; i += kLanes) {
+    const auto m = valid(i);
+    moments.add(select(m, at(i) - moments.shift, zero));
+    count = count + select(m, V(T(1)), zero);
   }
-  if (m.count == 0) return m;
-  const T mean = static_cast<T>(static_cast<double>(sum_of_lanes(sum)) / m.count);
-  V squares(T(0)), drift(T(0));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const V d = kept(V::load(x + i) - V(mean), i);
-    squares = squares + d * d;
-    drift = drift + d;
-  }
-  const double left = sum_of_lanes(drift);  // what rounding the mean to T left over
-  m.mean = static_cast<double>(mean) + left / m.count;
-  m.m2 = static_cast<double>(sum_of_lanes(squares)) - left * (left / m.count);
-  if (m.m2 < 0) m.m2 = 0;  // NaN compares false and stays
-  return m;
+  return moments.finish(mask ? static_cast<double>(sum_of_lanes(count)) : static_cast<double>(n));
 }
 
 }  // namespace PF_ISA

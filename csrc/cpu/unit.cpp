@@ -28,6 +28,7 @@
 #define PF_VECTOR_BYTES 16
 #endif
 
+#include "registers.h"
 #include "vec.h"
 #include "../math/number.h"
 #include "../math/elementary.h"

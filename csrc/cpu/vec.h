@@ -1,43 +1,11 @@
 // Sixteen lanes of float or double on whatever registers the instruction set has: Vec<T> is 1 to 8 of them, so that
-// every set does the same operations on the same lanes in the same order, and with -ffp-contract=off gives the same
-// bits. Include only from inside an op's translation unit (see unit.cpp): the whole file lives in the ISA's namespace.
+// every set does the same operations on the same lanes in the same order, and with -ffp-contract=off (fused only where
+// the text says fma_of) gives the same bits. Include only from inside an op's translation unit (see unit.cpp): the
+// whole file lives in the ISA's namespace.
 #pragma once
 
 namespace pf {
 namespace PF_ISA {
-
-constexpr int kLanes = 16;
-
-template <class T>
-struct Ints;
-template <>
-struct Ints<float> {
-  using type = int32_t;
-};
-template <>
-struct Ints<double> {
-  using type = int64_t;
-};
-
-template <class T>
-struct Registers {
-  using Int = typename Ints<T>::type;
-  static constexpr int kCount = kLanes * sizeof(T) / PF_VECTOR_BYTES;
-  static constexpr int kPer = PF_VECTOR_BYTES / sizeof(T);
-  typedef T Float __attribute__((vector_size(PF_VECTOR_BYTES)));
-  typedef Int Bits __attribute__((vector_size(PF_VECTOR_BYTES)));
-  typedef T LooseFloat __attribute__((vector_size(PF_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-};
-
-// Unrolled and inlined; not so for the base level beside better ones, which only processors of before 2013 run: there
-// it would triple the time that the package takes to build.
-#if PF_X86 && PF_LEVEL == 0
-#define PF_EACH(i) for (int i = 0; i < Registers<T>::kCount; ++i)
-#define PF_INLINE inline
-#else
-#define PF_EACH(i) _Pragma("GCC unroll 8") for (int i = 0; i < Registers<T>::kCount; ++i)
-#define PF_INLINE inline __attribute__((always_inline))
-#endif
 
 template <class T>
 struct Mask {  // all ones or all zeros per lane
@@ -155,6 +123,19 @@ PF_INLINE Vec<T> larger_or_second(Vec<T> a, const Vec<T>& b) {
 }
 
 template <class T>
+PF_INLINE Vec<T> smaller_or_second(Vec<T> a, const Vec<T>& b) {
+  PF_EACH(i) a.r[i] = a.r[i] < b.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+
+// a·b + c rounded once. Processors without the instruction are given its bits: float by way of double (registers.h).
+template <class T>
+PF_INLINE Vec<T> fma_of(Vec<T> a, const Vec<T>& b, const Vec<T>& c) {
+  PF_EACH(i) a.r[i] = fma_register(a.r[i], b.r[i], c.r[i]);
+  return a;
+}
+
+template <class T>
 PF_INLINE Vec<T> abs_of(Vec<T> a) {
   PF_EACH(i) {
     using B = typename Registers<T>::Bits;
@@ -182,26 +163,12 @@ PF_INLINE Mask<T> tile_valid(const T* mask, int64_t i, int64_t n) {
   return Vec<T>::load(kIota) < Vec<T>(static_cast<T>(n - i));
 }
 
-// The bit-level pieces that exp and log stand on: 2^k for an integer-valued k (see math/elementary.h), and x = m·2^e.
-template <class T>
-PF_INLINE Vec<T> pow2(Vec<T> k) {
-  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
-  constexpr T kMagic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);  // 1.5·2^mantissa: low bits hold k
-  PF_EACH(i) {
-    using B = typename Registers<T>::Bits;
-    auto shifted = k.r[i] + kMagic;
-    auto magic = kMagic - typename Registers<T>::Float{};
-    B e = __builtin_bit_cast(B, shifted) - __builtin_bit_cast(B, magic);
-    e = (e + kBias) << kMantissa;
-    k.r[i] = __builtin_bit_cast(typename Registers<T>::Float, e);
-  }
-  return k;
-}
+// The bit-level pieces that exp and log stand on: 2^k for an integer-valued k, and x = m·2^e.
 
-// 2^k with k in the low bits of `shifted` = k + magic (see pow2), -126 <= k <= 127 (-1022 and 1023 for double).
-template <class T>
+// 2^(k + kPlus) with k in the low bits of `shifted` = k + 1.5·2^mantissa; k + kPlus in [-126, 127], [-1022, 1023].
+template <int kPlus, class T>
 PF_INLINE Vec<T> pow2_of_shifted(Vec<T> shifted) {
-  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = (sizeof(T) == 4 ? 127 : 1023) + kPlus;
   using Int = typename Registers<T>::Int;
   PF_EACH(i) {
     using B = typename Registers<T>::Bits;

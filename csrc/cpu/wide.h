@@ -9,6 +9,8 @@ namespace PF_ISA {
 template <class T>
 constexpr int kInStep = Registers<T>::kCount >= 4 ? 1 : 4 / Registers<T>::kCount;
 
+#define PF_IN_STEP(k) _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k)
+
 template <class T, int N>
 struct WideMask {
   Mask<T> m[N];
@@ -20,44 +22,96 @@ struct Wide {
   Vec<T> v[N];
 
   Wide() = default;
-  PF_INLINE Wide(T x) { _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = Vec<T>(x); }
-  PF_INLINE Wide(const Vec<T>& x) { _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k] = x; }
+  PF_INLINE Wide(T x) { PF_IN_STEP(k) v[k] = Vec<T>(x); }
+  PF_INLINE Wide(const Vec<T>& x) { PF_IN_STEP(k) v[k] = x; }
   static PF_INLINE Wide load(const T* p) {
     Wide w;
-    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) w.v[k] = Vec<T>::load(p + k * kLanes);
+    PF_IN_STEP(k) w.v[k] = Vec<T>::load(p + k * kLanes);
     return w;
   }
-  PF_INLINE void store(T* p) const { _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) v[k].store(p + k * kLanes); }
+  PF_INLINE void store(T* p) const { PF_IN_STEP(k) v[k].store(p + k * kLanes); }
 };
 
-#define PF_WIDE(Result, name, expression)                                 \
-  template <class T, int N>                                               \
-  PF_INLINE Result<T, N> name(const Wide<T, N>& a, const Wide<T, N>& b) { \
-    Result<T, N> r;                                                       \
-    _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) expression;       \
-    return r;                                                             \
+#define PF_WIDE(Result, name, A, B, expression)                     \
+  template <class T, int N>                                         \
+  PF_INLINE Result<T, N> name(const A<T, N>& a, const B<T, N>& b) { \
+    Result<T, N> r;                                                 \
+    PF_IN_STEP(k) expression;                                       \
+    return r;                                                       \
   }
-PF_WIDE(Wide, operator+, r.v[k] = a.v[k] + b.v[k])
-PF_WIDE(Wide, operator-, r.v[k] = a.v[k] - b.v[k])
-PF_WIDE(Wide, operator*, r.v[k] = a.v[k] * b.v[k])
-PF_WIDE(Wide, larger_or_second, r.v[k] = larger_or_second(a.v[k], b.v[k]))
-PF_WIDE(WideMask, operator==, r.m[k] = a.v[k] == b.v[k])
+PF_WIDE(Wide, operator+, Wide, Wide, r.v[k] = a.v[k] + b.v[k])
+PF_WIDE(Wide, operator-, Wide, Wide, r.v[k] = a.v[k] - b.v[k])
+PF_WIDE(Wide, operator*, Wide, Wide, r.v[k] = a.v[k] * b.v[k])
+PF_WIDE(Wide, larger_or_second, Wide, Wide, r.v[k] = larger_or_second(a.v[k], b.v[k]))
+PF_WIDE(Wide, smaller_or_second, Wide, Wide, r.v[k] = smaller_or_second(a.v[k], b.v[k]))
+PF_WIDE(Wide, max_of, Wide, Wide, r.v[k] = max_of(a.v[k], b.v[k]))
+PF_WIDE(Wide, min_of, Wide, Wide, r.v[k] = min_of(a.v[k], b.v[k]))
+PF_WIDE(WideMask, operator==, Wide, Wide, r.m[k] = a.v[k] == b.v[k])
+PF_WIDE(WideMask, operator!=, Wide, Wide, r.m[k] = a.v[k] != b.v[k])
+PF_WIDE(WideMask, operator<, Wide, Wide, r.m[k] = a.v[k] < b.v[k])
+PF_WIDE(WideMask, operator>, Wide, Wide, r.m[k] = a.v[k] > b.v[k])
+PF_WIDE(WideMask, operator<=, Wide, Wide, r.m[k] = a.v[k] <= b.v[k])
+PF_WIDE(WideMask, operator>=, Wide, Wide, r.m[k] = a.v[k] >= b.v[k])
+PF_WIDE(WideMask, operator&, WideMask, WideMask, r.m[k] = a.m[k] & b.m[k])
+PF_WIDE(WideMask, operator|, WideMask, WideMask, r.m[k] = a.m[k] | b.m[k])
 #undef PF_WIDE
 
 template <class T, int N>
-PF_INLINE Wide<T, N> operator-(Wide<T, N> a) {
-  _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) a.v[k] = -a.v[k];
-  return a;
+PF_INLINE WideMask<T, N> operator!(const WideMask<T, N>& a) {
+  WideMask<T, N> r;
+  PF_IN_STEP(k) r.m[k] = !a.m[k];
+  return r;
 }
 template <class T, int N>
-PF_INLINE Wide<T, N> select(const WideMask<T, N>& m, Wide<T, N> a, const Wide<T, N>& b) {
-  _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) a.v[k] = select(m.m[k], a.v[k], b.v[k]);
-  return a;
+PF_INLINE Wide<T, N> operator-(const Wide<T, N>& a) {
+  Wide<T, N> r;
+  PF_IN_STEP(k) r.v[k] = -a.v[k];
+  return r;
 }
 template <class T, int N>
-PF_INLINE Wide<T, N> pow2_of_shifted(Wide<T, N> a) {
-  _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k) a.v[k] = pow2_of_shifted(a.v[k]);
-  return a;
+PF_INLINE Wide<T, N> abs_of(const Wide<T, N>& a) {
+  Wide<T, N> r;
+  PF_IN_STEP(k) r.v[k] = abs_of(a.v[k]);
+  return r;
+}
+template <class T, int N>
+PF_INLINE Wide<T, N> select(const WideMask<T, N>& m, const Wide<T, N>& a, const Wide<T, N>& b) {
+  Wide<T, N> r;
+  PF_IN_STEP(k) r.v[k] = select(m.m[k], a.v[k], b.v[k]);
+  return r;
+}
+template <class T, int N>
+PF_INLINE Wide<T, N> fma_of(const Wide<T, N>& a, const Wide<T, N>& b, const Wide<T, N>& c) {
+  Wide<T, N> r;
+  PF_IN_STEP(k) r.v[k] = fma_of(a.v[k], b.v[k], c.v[k]);
+  return r;
+}
+template <int kPlus, class T, int N>
+PF_INLINE Wide<T, N> pow2_of_shifted(const Wide<T, N>& a) {
+  Wide<T, N> r;
+  PF_IN_STEP(k) r.v[k] = pow2_of_shifted<kPlus>(a.v[k]);
+  return r;
+}
+
+// One vector after the other, so that a sum does not depend on how many go in step.
+template <class T, int N>
+PF_INLINE void add_each(Vec<T>& sum, const Wide<T, N>& x) {
+  PF_IN_STEP(k) sum = sum + x.v[k];
+}
+template <class T, int N>
+PF_INLINE void count_each(Vec<T>& sum, const WideMask<T, N>& m) {
+  const Vec<T> one(T(1));
+  PF_IN_STEP(k) sum = select(m.m[k], sum + one, sum);
+}
+
+// f(steps, i) for the vectors of a tile of n, as many in step as there are, at most kMost: Wide<T, steps()> at i.
+template <class T, int kMost, class F>
+PF_INLINE void in_step(int64_t n, F&& f) {
+  constexpr int kStep = std::min(kInStep<T>, kMost);
+  int64_t i = 0;
+  for (; i + kStep * kLanes <= n; i += kStep * kLanes) f(std::integral_constant<int, kStep>{}, i);
+  for (; kStep > 1 && i < n; i += kLanes) f(std::integral_constant<int, 1>{}, i);
+  if (kStep == 1 && i < n) f(std::integral_constant<int, 1>{}, i);
 }
 
 }  // namespace PF_ISA

@@ -8,7 +8,7 @@ namespace pf {
 namespace PF_ISA {
 
 template <class V, class T>
-PF_FN void kl_term(V u, const LossParams& p, const LossNumbers<T>& c, V& k, V& grad) {
+PF_FN void kl_term(V u, const LossNumbers<T>& c, V& k, V& grad) {
   const V zero(T(0)), one(T(1));
   auto alive = u == u;
   alive = alive | !alive;
@@ -17,15 +17,15 @@ PF_FN void kl_term(V u, const LossParams& p, const LossNumbers<T>& c, V& k, V& g
     alive = !((u < -bound) | (u > bound));
     u = clamp_of(u, -bound, bound);
   }
-  if (p.kl == kK1) {
+  if (c.kl == kK1) {
     k = -u, grad = one;
-  } else if (p.kl == kAbs) {
+  } else if (c.kl == kAbs) {
     k = abs_of(u), grad = select(u > zero, -one, select(u < zero, one, zero));
-  } else if (p.kl == kK2) {
+  } else if (c.kl == kK2) {
     k = V(T(0.5)) * u * u, grad = -u;
   } else {
-    const V e = exp_of(u);
-    k = exp_minus_one_minus(u, e), grad = one - e;
+    const auto e = exponential(u);
+    k = e.beyond_linear, grad = one - e.value;
   }
   if (c.has_kl_value_clamp) {
     const V bound(c.kl_value_clamp);

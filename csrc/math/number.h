@@ -32,6 +32,8 @@ using scalar_t = typename ScalarOf<V>::type;
   PF_FN T select(bool m, T a, T b) { return m ? a : b; }         \
   PF_FN T max_of(T a, T b) { return (a > b || a != a) ? a : b; } \
   PF_FN T min_of(T a, T b) { return (a < b || a != a) ? a : b; } \
+  PF_FN T larger_or_second(T a, T b) { return a > b ? a : b; }   \
+  PF_FN T smaller_or_second(T a, T b) { return a < b ? a : b; }  \
   PF_FN T abs_of(T a) { return a < 0 ? -a : (a == 0 ? T(0) : a); }
 PF_SCALAR(float)
 PF_SCALAR(double)

@@ -34,6 +34,7 @@ class LogProbOp:
         tensors = ", ".join([*(f"Tensor {x}" for x in self.inputs), *(self._constant(x) for x in self.constants)])
         arguments = ", ".join(filter(None, [tensors, self.options, "bool entropy"]))
         self.n_inputs, self.n_tensors = len(self.inputs), len(self.inputs) + len(self.constants)
+        self.constant_names = [name.rstrip("?") for name in self.constants]
         self.registered_backward = _library.define(
             f"{self.name}_backward",
             f"({arguments}, Tensor saved, Tensor? d_log_prob, Tensor? d_entropy) -> "
@@ -62,8 +63,7 @@ class LogProbOp:
 
     def __call__(self, tensors: tuple[Any, ...], options: tuple, entropy: bool):
         inputs = tensors[: self.n_inputs]
-        names = (name.rstrip("?") for name in self.constants)
-        _checks.constants(self.name, **dict(zip(names, tensors[self.n_inputs :], strict=True)))
+        _checks.constants(self.name, self.constant_names, tensors[self.n_inputs :])
         if torch.compiler.is_compiling():
             if not _backend.compiles_kernel(inputs[0]):
                 return self.reference(*tensors, *options, entropy)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..reductions import token_weights
 
 #: What the rollout stored, in the order in which every kernel and registered op takes it.
 ROLLOUT = ("old_log_prob", "advantages", "old_values", "returns", "ref_log_prob", "rollout_log_prob", "mask", "weights")
+_N_STATS = len(STATS)
 _ROLLOUT_SCHEMA = (
     "Tensor old_log_prob, Tensor advantages, Tensor? old_values, Tensor? returns, Tensor? ref_log_prob, "
     "Tensor? rollout_log_prob, Tensor? mask, Tensor? weights, float denominator, bool total"
@@ -25,12 +25,15 @@ _ROLLOUT_SCHEMA = (
 
 
 class Loss:
-    """One loss op. `fill(params, inputs, needed, extra, *rollout)` calls its kernel and returns loss, statistics and the
-    gradient of every input; `inputs` and `extra` are schemas of what comes before the rollout, with and without gradient.
+    """One loss op.
+
+    fill(params, inputs, needed, extra, rollout) -> loss, statistics and a list of the inputs' gradients, by the kernel
+    specify(config, inputs, extra, stored, cu_seqlens, denominator) -> PPOLoss, by the reference
+    `inputs` and `extra` are schemas of what comes before the rollout, with and without gradient.
     """
 
-    def __init__(self, name: str, like: str, inputs: str, extra: str, fill: Callable) -> None:
-        self.name, self.like, self.fill = name, like, fill
+    def __init__(self, name: str, like: str, inputs: str, extra: str, fill: Callable, specify: Callable) -> None:
+        self.name, self.like, self.fill, self.specify = name, like, fill, specify
         self.n_inputs = inputs.count("Tensor")
         self.n_extra = extra.count(",") + 1 if extra else 0
         arguments = ", ".join(filter(None, [inputs, extra, _ROLLOUT_SCHEMA, _library.CONFIG_SCHEMA]))
@@ -43,42 +46,35 @@ class Loss:
         inputs: tuple[Any, ...],
         extra: tuple,
         config: LossConfig | None,
-        specification: Callable[..., PPOLoss],
         shape: Any,
-        rollout: tuple[Any, ...],
+        stored: tuple[Any, ...],
         cu_seqlens: Tensor | None,
         denominator: float | Tensor | None,
         index: Tensor | None = None,
     ) -> PPOLoss:
         """Checks, then one of three: the registered op while compiling, the kernel, or the specification."""
         config = check_config(self.name, config)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in (*rollout, *extra)):
-            constants(self.name, **dict(zip(ROLLOUT, rollout, strict=True)))
-            constants(self.name, actions=extra[0] if extra else None)
-        check_denominator(self.name, denominator)
+        constants(self.name, ROLLOUT, stored)
+        if extra:
+            constants(self.name, ("actions",), extra)
+        if denominator is not None:
+            check_denominator(self.name, denominator)
         first = inputs[0]
         compiling = torch.compiler.is_compiling()
         if not (_backend.compiles_kernel(first) if compiling else _backend.takes_kernel(self.name, first)):
-            self._check_streams(shape, config, inputs, rollout, index)
-            return specification(config, *inputs)
-        w, count, total = weighting(self.name, config, shape, first, rollout, denominator, cu_seqlens, index)
-        rollout = (*rollout[:-1], w, count, total)
+            self._check_streams(shape, config, inputs, stored, index)
+            return self.specify(config, inputs, extra, stored, cu_seqlens, denominator)
+        rollout = weighting(self.name, config, shape, first, stored, denominator, cu_seqlens, index)
         if compiling:
             loss, stats, *_ = self.op(*inputs, *extra, *rollout, config.numbers_vector, *config.choices())
             return PPOLoss(loss, Stats(stats))
-        params, fill = packed(config), self.fill
-        needed = [x is not None and x.requires_grad for x in inputs] if torch.is_grad_enabled() else ()
-        if not any(needed):
-            loss, stats, *_ = fill(params, inputs, [False] * self.n_inputs, extra, *rollout)
-            return PPOLoss(loss, Stats(stats))
-        loss, stats, *grads = fill(params, inputs, needed, extra, *rollout)
-        loss = attach(
-            loss,
-            inputs,
-            grads,
-            lambda *inputs: fill(params, inputs, needed, extra, *rollout)[2:],
-            lambda *inputs: specification(config, *inputs).loss,
-        )
+        with_grad = torch.is_grad_enabled()
+        needed = [with_grad and x is not None and x.requires_grad for x in inputs]
+        loss, stats, grads = self.fill(packed(config), inputs, needed, extra, rollout)
+        if True in needed:
+            loss = attach(
+                _Call(self, loss, grads, needed, config, extra, rollout, stored, cu_seqlens, denominator), inputs
+            )
         return PPOLoss(loss, Stats(stats))
 
     def _check_streams(self, shape, config, inputs, rollout, index) -> None:
@@ -120,7 +116,7 @@ class Loss:
         numbers, *choices = rest[-n_config:]
         params = packed(LossConfig.unpacked(numbers.tolist(), choices))
         needed = [x is not None for x in inputs]
-        loss, stats, *grads = self.fill(params, inputs, needed, extra, *rest[:-n_config])
+        loss, stats, grads = self.fill(params, inputs, needed, extra, rest[:-n_config])
         return loss, stats, *(_library.placeholder(inputs[0]) if g is None else g for g in grads)
 
     def _fake(self, *args):
@@ -143,10 +139,29 @@ class Loss:
         return *(None if absent else g * grad_loss.to(g.dtype) for absent, g in pairs), *([None] * ctx.n_rest)
 
 
-@lru_cache(maxsize=256)
+class _Call:
+    """See `_autograd.Call`."""
+
+    __slots__ = ("args", "grads", "loss")
+
+    def __init__(self, op: Loss, loss: Tensor, grads: list[Tensor | None] | None, *args: Any) -> None:
+        self.loss, self.grads, self.args = loss, grads, (op, *args)
+
+    def recompute(self, inputs):
+        op, needed, config, extra, rollout, *_ = self.args
+        return op.fill(packed(config), inputs, needed, extra, rollout)[2]
+
+    def specification(self, *inputs):
+        op, _, config, extra, _, stored, cu_seqlens, denominator = self.args
+        return op.specify(config, inputs, extra, stored, cu_seqlens, denominator).loss
+
+
 def packed(config: LossConfig):
-    """The config as C++ has it."""
-    return _backend._C.LossParams(config.numbers(), config.choices())
+    """The config as C++ has it, made once."""
+    params = config.__dict__.get("_packed")
+    if params is None:
+        params = config.__dict__["_packed"] = _backend._C.LossParams(config.numbers(), config.choices())
+    return params
 
 
 def check_config(op: str, config: LossConfig | None) -> LossConfig:
@@ -157,19 +172,21 @@ def check_config(op: str, config: LossConfig | None) -> LossConfig:
     return config
 
 
-def check_denominator(op: str, denominator: float | Tensor | None) -> None:
-    if denominator is None or isinstance(denominator, Tensor):
+def check_denominator(op: str, denominator: float | Tensor) -> None:
+    if isinstance(denominator, Tensor):
         return
     if not (isinstance(denominator, (int, float)) and math.isfinite(denominator) and denominator > 0):
         raise ValueError(f"{op}: denominator must be a finite number > 0, got {denominator!r}")
 
 
-def constants(op: str, **tensors: Tensor | None) -> None:
+def constants(op: str, names: Sequence[str], tensors: Sequence[Any]) -> None:
     """An input that gets no gradient but requires one is a mistake that would train silently wrong."""
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and getattr(x, "requires_grad", False):
-                raise ValueError(f"{op}: {name} gets no gradient but requires one; detach it or use torch.no_grad()")
+    if not torch.is_grad_enabled():
+        return
+    for i in range(len(names)):
+        x = tensors[i]
+        if x is not None and getattr(x, "requires_grad", False):
+            raise ValueError(f"{op}: {names[i]} gets no gradient but requires one; detach it or use torch.no_grad()")
 
 
 def taken(op: str, stored: Tensor, index: Tensor) -> Tensor:
@@ -194,37 +211,39 @@ def weighting(
     denominator: float | Tensor | None,
     cu_seqlens: Tensor | None,
     index: Tensor | None,
-) -> tuple[Tensor | None, float, bool]:
-    """(weights, denominator or NaN, whether nothing else is divided): what kernels take for a reduction."""
-    *_, mask, weights = rollout
+) -> tuple[Any, ...]:
+    """The rollout as kernels take it: for its weights (weights, denominator or NaN, whether nothing else is divided)."""
+    mask, weights = rollout[-2:]
     if index is not None and weights is not None:  # kernels take weights per element of the minibatch
         weights = taken(op, weights, index)
-    plain = weights is not None or config.reduction in ("token-mean", "sum")
+    plain = weights is not None or config.reduction == "token-mean" or config.reduction == "sum"
     if plain and denominator is None:
-        return weights, math.nan, weights is not None or config.reduction == "sum"
+        return *rollout[:-1], weights, math.nan, weights is not None or config.reduction == "sum"
     if plain and not isinstance(denominator, Tensor):
-        return weights, float(denominator), True  # type: ignore[arg-type]
+        return *rollout[:-1], weights, float(denominator), True  # type: ignore[arg-type]
     if index is not None and mask is not None:
         mask = taken(op, mask, index)
     valid = None if mask is None else mask != 0
     element = torch.empty((), dtype=compute_dtype(like), device=like.device).expand(shape)
-    return token_weights(element, valid, config.reduction, weights, denominator, cu_seqlens), math.nan, True
+    w = token_weights(element, valid, config.reduction, weights, denominator, cu_seqlens)
+    return *rollout[:-1], w, math.nan, True
 
 
 def compute_dtype(*inputs: Tensor | None) -> torch.dtype:
-    double = any(x is not None and x.dtype == torch.float64 for x in inputs)
-    return torch.float64 if double else torch.float32
+    for x in inputs:
+        if x is not None and x.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def outputs(like: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss [] and the statistics [len(STATS)], for a kernel to fill."""
     dtype = compute_dtype(like, *others)
-    if like.dtype == dtype:
-        return like.new_empty(()), like.new_empty(len(STATS))
-    return like.new_empty((), dtype=dtype), like.new_empty(len(STATS), dtype=dtype)
+    if like.dtype is dtype:
+        return like.new_empty(size=()), like.new_empty(_N_STATS)
+    return like.new_empty(size=(), dtype=dtype), like.new_empty(_N_STATS, dtype=dtype)
 
 
-def gradient_for(x: Tensor | None, wanted: bool) -> Tensor | None:
-    if x is None or not wanted:
-        return None
-    return _memory.empty_like(x)
+def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    """For a kernel to fill; None where none is wanted."""
+    return [_memory.empty_like(inputs[i]) if needed[i] else None for i in range(len(needed))]  # type: ignore[arg-type]

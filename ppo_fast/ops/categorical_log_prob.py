@@ -58,7 +58,7 @@ def categorical_log_prob(
     A row's result has the same bits whatever else is in the batch, on any number of threads.
     """
     temperature, rows = _temperature(temperature, logits, actions)
-    _checks.constants(_OP, actions=actions, temperature=rows, action_mask=action_mask)
+    _checks.constants(_OP, ("actions", "temperature", "action_mask"), (actions, rows, action_mask))
     options = (action_mask, rows, temperature, ignore_index)
     if torch.compiler.is_compiling():
         if not _backend.compiles_kernel(logits):

@@ -55,30 +55,30 @@ def categorical_ppo_loss(
     Cost: reads the logits from memory once and writes their gradient once: 8·A bytes a row in float32, and what
     `ppo_loss` reads.
     """
-
-    def specification(config, logits, values):
-        return reference.categorical_ppo_loss(
-            logits, actions, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
-            ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, cu_seqlens=cu_seqlens,
-            weights=weights, denominator=denominator, action_mask=action_mask, index=index,
-        )  # fmt: skip
-
     shape = logits.shape[:-1] if isinstance(logits, Tensor) else None  # not a tensor: the checks say so
-    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
+    stored = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
     extra = (actions, action_mask, index)
-    return _op((logits, values), extra, config, specification, shape, rollout, cu_seqlens, denominator, index)
+    return _op((logits, values), extra, config, shape, stored, cu_seqlens, denominator, index)
 
 
-def _fill(params, inputs, needed, extra, old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob,
-          mask, weights, count, total):  # fmt: skip
+def _fill(params, inputs, needed, extra, rollout):
+    old_log_prob, advantages, old_values, returns, *rest = rollout
     logits, values = inputs
     loss, stats = _loss.outputs(*inputs)
-    grads = [_loss.gradient_for(x, need) for x, need in zip(inputs, needed, strict=True)]
+    grads = _loss.gradients(inputs, needed)
     _backend._C.categorical_ppo_loss(
-        params, logits, *extra, old_log_prob, advantages, values, old_values, returns, ref_log_prob, rollout_log_prob,
-        mask, weights, count, total, loss, stats, *grads, torch.get_num_threads(),
+        params, logits, *extra, old_log_prob, advantages, values, old_values, returns, *rest, loss, stats, *grads,
+        torch.get_num_threads(),
     )  # fmt: skip
-    return loss, stats, *grads
+    return loss, stats, grads
+
+
+def _specify(config, inputs, extra, stored, cu_seqlens, denominator):
+    (logits, values), (actions, action_mask, index) = inputs, extra
+    return reference.categorical_ppo_loss(
+        logits, actions, *stored[:2], config, values=values, cu_seqlens=cu_seqlens, denominator=denominator,
+        action_mask=action_mask, index=index, **dict(zip(_loss.ROLLOUT[2:], stored[2:], strict=True)),
+    )  # fmt: skip
 
 
 _op = _loss.Loss(
@@ -87,4 +87,5 @@ _op = _loss.Loss(
     "Tensor logits, Tensor? values",
     "Tensor actions, Tensor? action_mask, Tensor? index",
     _fill,
+    _specify,
 )

@@ -59,14 +59,6 @@ def normal_ppo_loss(
     Cost: reads mean and actions from memory once, writes the gradient of the mean once: 12·D bytes a row in float32 with a
     shared log_std, and what `ppo_loss` reads.
     """
-
-    def specification(config, mean, log_std, values):
-        return reference.normal_ppo_loss(
-            mean, log_std, actions, old_log_prob, advantages, config, values=values, old_values=old_values,
-            returns=returns, ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
-            cu_seqlens=cu_seqlens, weights=weights, denominator=denominator, index=index, squash=squash,
-        )  # fmt: skip
-
     shape = mean.shape[:-1] if isinstance(mean, Tensor) else None  # not a tensor: the checks say so
     if shape is not None and isinstance(log_std, Tensor) and log_std.shape not in (mean.shape, mean.shape[-1:]):
         try:
@@ -74,25 +66,32 @@ def normal_ppo_loss(
         except RuntimeError:
             wanted = f"broadcast to the shape of mean = {list(mean.shape)}"
             raise ValueError(f"normal_ppo_loss: log_std must {wanted}, got {list(log_std.shape)}") from None
-    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
+    stored = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
     extra = (actions, squash, index)
-    return _op((mean, log_std, values), extra, config, specification, shape, rollout, cu_seqlens, denominator, index)
+    return _op((mean, log_std, values), extra, config, shape, stored, cu_seqlens, denominator, index)
 
 
-def _fill(params, inputs, needed, extra, old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob,
-          mask, weights, count, total):  # fmt: skip
+def _fill(params, inputs, needed, extra, rollout):
+    old_log_prob, advantages, old_values, returns, *rest = rollout
     mean, log_std, values = inputs
     actions, squash, index = extra
     loss, stats = _loss.outputs(*inputs)
-    grads = [_loss.gradient_for(x, need) for x, need in zip(inputs, needed, strict=True)]
+    grads = _loss.gradients(inputs, needed)
     shared = needed[1] and log_std.ndim == 1 and mean.ndim != 1
     sums = mean.new_empty((_backend._C.MAX_ROW_BLOCKS, mean.shape[-1]), dtype=torch.float64) if shared else None
     _backend._C.normal_ppo_loss(
-        params, mean, log_std, actions, squash, index, old_log_prob, advantages, values, old_values, returns,
-        ref_log_prob, rollout_log_prob, mask, weights, count, total, loss, stats, *grads, sums,
-        torch.get_num_threads(),
+        params, mean, log_std, actions, squash, index, old_log_prob, advantages, values, old_values, returns, *rest, loss,
+        stats, *grads, sums, torch.get_num_threads(),
     )  # fmt: skip
-    return loss, stats, *grads
+    return loss, stats, grads
+
+
+def _specify(config, inputs, extra, stored, cu_seqlens, denominator):
+    (mean, log_std, values), (actions, squash, index) = inputs, extra
+    return reference.normal_ppo_loss(
+        mean, log_std, actions, *stored[:2], config, values=values, cu_seqlens=cu_seqlens, denominator=denominator,
+        index=index, squash=squash, **dict(zip(_loss.ROLLOUT[2:], stored[2:], strict=True)),
+    )  # fmt: skip
 
 
 _op = _loss.Loss(
@@ -101,4 +100,5 @@ _op = _loss.Loss(
     "Tensor mean, Tensor log_std, Tensor? values",
     "Tensor actions, bool squash, Tensor? index",
     _fill,
+    _specify,
 )

@@ -60,29 +60,31 @@ def ppo_loss(
     Cost: reads each input once and writes each gradient once; advantages or mask once more where the loss needs their
     mean or count first. float32 with values, entropy and all gradients: 7 reads + 3 writes = 40 bytes an element.
     """
-
-    def specification(config, log_prob, values, entropy):
-        return reference.ppo_loss(
-            log_prob, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
-            entropy=entropy, ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
-            cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
-        )  # fmt: skip
-
-    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
+    stored = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
     shape = getattr(log_prob, "shape", None)  # not a tensor: the checks say so
-    return _op((log_prob, values, entropy), (), config, specification, shape, rollout, cu_seqlens, denominator)
+    return _op((log_prob, values, entropy), (), config, shape, stored, cu_seqlens, denominator)
 
 
-def _fill(params, inputs, needed, extra, old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob,
-          mask, weights, count, total):  # fmt: skip
+def _fill(params, inputs, needed, extra, rollout):
+    old_log_prob, advantages, old_values, returns, *rest = rollout
     log_prob, values, entropy = inputs
     loss, stats = _loss.outputs(*inputs)
-    grads = [_loss.gradient_for(x, need) for x, need in zip(inputs, needed, strict=True)]
+    grads = _loss.gradients(inputs, needed)
     _backend._C.ppo_loss(
-        params, log_prob, old_log_prob, advantages, values, old_values, returns, entropy, ref_log_prob,
-        rollout_log_prob, mask, weights, count, total, loss, stats, *grads, torch.get_num_threads(),
+        params, log_prob, old_log_prob, advantages, values, old_values, returns, entropy, *rest, loss, stats, *grads,
+        torch.get_num_threads(),
     )  # fmt: skip
-    return loss, stats, *grads
+    return loss, stats, grads
 
 
-_op = _loss.Loss("ppo_loss", "the shape of log_prob", "Tensor log_prob, Tensor? values, Tensor? entropy", "", _fill)
+def _specify(config, inputs, extra, stored, cu_seqlens, denominator):
+    log_prob, values, entropy = inputs
+    return reference.ppo_loss(
+        log_prob, *stored[:2], config, values=values, entropy=entropy, cu_seqlens=cu_seqlens, denominator=denominator,
+        **dict(zip(_loss.ROLLOUT[2:], stored[2:], strict=True)),
+    )  # fmt: skip
+
+
+_op = _loss.Loss(
+    "ppo_loss", "the shape of log_prob", "Tensor log_prob, Tensor? values, Tensor? entropy", "", _fill, _specify
+)
