@@ -96,6 +96,22 @@ inline void convert_out(const T* from, int64_t n, To* to) {
 }
 
 #if PF_X86
+#if PF_LEVEL == 4
+PF_INLINE void stream_register(float* to, __m512 x) { _mm512_stream_ps(to, x); }
+PF_INLINE void stream_register(double* to, __m512d x) { _mm512_stream_pd(to, x); }
+#elif PF_LEVEL == 3
+PF_INLINE void stream_register(float* to, __m256 x) { _mm256_stream_ps(to, x); }
+PF_INLINE void stream_register(double* to, __m256d x) { _mm256_stream_pd(to, x); }
+#else
+PF_INLINE void stream_register(float* to, __m128 x) { _mm_stream_ps(to, x); }
+PF_INLINE void stream_register(double* to, __m128d x) { _mm_stream_pd(to, x); }
+#endif
+// One vector past the cache; `to` lies on a line's border.
+template <class T>
+PF_INLINE void store_past_cache(T* to, const Vec<T>& x) {
+  PF_EACH(i) stream_register(to + i * Registers<T>::kPer, x.r[i]);
+}
+
 // Past the cache, for results too large to stay in it: no line is read before it is written. sfence() when done.
 inline void store_past_cache(void* to, const void* from, int64_t bytes) {
   auto* out = static_cast<char*>(to);
@@ -113,6 +129,10 @@ inline void store_past_cache(void* to, const void* from, int64_t bytes) {
 }
 inline void finish_past_cache() { _mm_sfence(); }
 #else
+template <class T>
+PF_INLINE void store_past_cache(T* to, const Vec<T>& x) {
+  x.store(to);
+}
 inline void store_past_cache(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, bytes); }
 inline void finish_past_cache() {}
 #endif

@@ -39,6 +39,7 @@ struct LossTile {
   const T *log_prob, *old_log_prob, *advantages, *values, *old_values, *returns, *entropy, *ref_log_prob,
       *rollout_log_prob, *mask, *weights;
   T *grad_log_prob, *grad_values, *grad_entropy;
+  bool past_cache;  // the streams are longer than the cache: the next tile is asked for, gradients do not stay
 };
 
 // The loss of one tile: adds to `sums`, writes the gradients that the tile has room for.
@@ -51,20 +52,15 @@ struct LossBuffers {
   alignas(64) T in[10][kTile];
   alignas(64) T out[3][kTile];
   int64_t index[kTile];
-  bool past_cache = false;  // gradients are too large to stay cached: they leave by scratch, past it
 
   T* gradient(const Stream& s, int64_t first, int64_t n, T* scratch) const {
-    if (!s.data) return nullptr;
-    return past_cache && s.dtype == dtype_of<T>() ? scratch : tile_to_write(s, first, n, scratch);
+    return s.data ? tile_to_write(s, first, n, scratch) : nullptr;
   }
   void finish(const Stream& s, int64_t first, int64_t n, const T* tile, const T* scratch) const {
-    if (!tile || !s.data) return;
-    if (past_cache && s.dtype == dtype_of<T>()) {
-      auto* to = const_cast<T*>(static_cast<const T*>(s.data)) + first;
-      return store_past_cache(to, tile, n * static_cast<int64_t>(sizeof(T)));
-    }
-    finish_tile(s, first, n, tile, scratch);
+    if (tile && s.data) finish_tile(s, first, n, tile, scratch);
   }
+
+  bool holds(const T* tile) const { return tile >= out[0] && tile < out[0] + sizeof(out) / sizeof(T); }
 
   LossTile<T> open(const LossArgs& a, int64_t first, int64_t n) {
     const int64_t* at = nullptr;
@@ -74,12 +70,6 @@ struct LossBuffers {
     }
     LossTile<T> t{};
     t.n = n;
-    const int64_t next = first + n, ahead = std::min(kTile, a.n - next);
-    if (past_cache && !at && ahead > 0) {
-      for (const Stream* s : {&a.old_log_prob, &a.advantages, &a.old_values, &a.returns, &a.values, &a.entropy}) {
-        prefetch_tile<T>(*s, next, ahead);
-      }
-    }
     t.old_log_prob = read_tile(a.old_log_prob, first, n, at, in[0]);
     t.advantages = read_tile(a.advantages, first, n, at, in[1]);
     t.old_values = read_tile(a.old_values, first, n, at, in[2]);

@@ -137,15 +137,6 @@ inline const T* read_tile(const Stream& s, int64_t first, int64_t n, const int64
   return scratch;
 }
 
-// Asks for the tile after this one, into L2: a tile of a stream is a page, and the processor's own prefetcher stops at
-// pages.
-template <class T>
-inline void prefetch_tile(const Stream& s, int64_t first, int64_t n) {
-  if (!s.data || !is_plain(s, dtype_of<T>())) return;
-  const char* from = reinterpret_cast<const char*>(static_cast<const T*>(s.data) + first);
-  for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(from + b, 0, 2);
-}
-
 // Contiguous output from T: where the kernel may write directly, and the conversion where it may not.
 template <class T>
 inline T* tile_to_write(const Stream& s, int64_t first, int64_t n, T* scratch) {
