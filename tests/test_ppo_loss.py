@@ -68,6 +68,27 @@ def test_same_bits_over_instruction_sets_threads_and_runs(n):
         assert same_bits(results[0], other)
 
 
+@pytest.mark.parametrize(("dtype", "offset", "masked"), [
+    (torch.float32, 0, False), (torch.float32, 0, True), (torch.float32, 3, False), (torch.float64, 0, False),
+    (torch.bfloat16, 0, False),
+])  # fmt: skip
+def test_streams_longer_than_the_cache(isa, dtype, offset, masked):
+    """Their gradients go past the cache, and are those of the same streams piece by piece."""
+    n, config = (1 << 19) + 12_345, pf.LossConfig(value_clip=0.2, entropy_coef=0.01, dual_clip=3.0, reduction="sum")
+    x = {k: v.detach()[offset:] for k, v in example(n + offset, dtype=dtype).items()}
+    if masked:
+        x["mask"] = torch.rand(n) < 0.8
+    learned = ("log_prob", "values", "entropy")
+
+    def gradients(piece):
+        part = {k: v[piece].requires_grad_(k in learned) for k, v in x.items()}
+        pf.ppo_loss(**part, config=config).loss.backward()
+        return [part[k].grad for k in learned]
+
+    pieces = [gradients(slice(i, i + 65_536)) for i in range(0, n, 65_536)]
+    assert same_bits(gradients(slice(None)), [torch.cat(g) for g in zip(*pieces, strict=True)])
+
+
 @pytest.mark.parametrize("n", [1, 31, 256, 1000])
 def test_nothing_behind_the_mask_is_read(n):
     x = full_example(n)
