@@ -31,9 +31,13 @@ struct CategoricalLabels {
     } else {
       read(c.actions, first, n, action);
     }
-    for (int64_t i = 0; i < n; ++i) skip[i] = c.has_ignore_index && action[i] == c.ignore_index;
-    for (int64_t i = 0; valid && i < n; ++i) skip[i] |= valid[i] == 0;
-    for (int64_t i = 0; i < n; ++i) any_skip |= skip[i];
+    for (int64_t i = 0; i < n; ++i) skip[i] = false;
+    if (c.has_ignore_index || valid) {
+      for (int64_t i = 0; i < n; ++i) {
+        skip[i] = (c.has_ignore_index && action[i] == c.ignore_index) || (valid && valid[i] == 0);
+        any_skip |= skip[i];
+      }
+    }
     if (c.action_mask.lead.data) {
       for (int64_t i = 0; i < n; ++i) mask_row[i] = index ? index[i] : first + i;
     }
@@ -47,15 +51,22 @@ struct CategoricalLabels {
       const Vec<T> inverse(std::min(T(1) / static_cast<T>(c.temperature_value), most));
       for (int64_t i = 0; i < n; i += kLanes) inverse.store(inverse_temperature + i);
     }
-    for (int64_t i = 0; i < n; ++i) action_lane[i] = static_cast<T>(action[i]);
-    for (int64_t i = n; i < padded(n); ++i) action_lane[i] = T(-1);
+    for (int64_t i = n; i < padded(n); ++i) action[i] = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {  // a number of steps that the compiler knows: it makes vectors of them
+      for (int64_t k = 0; k < kLanes; ++k) action_lane[i + k] = static_cast<T>(action[i + k]);
+    }
   }
 
   // Skips rows whose action is not one of A, and notes the first of them.
   void check(int64_t first, int64_t n, int64_t width, Offence& offence) {
-    bool out = false;
-    for (int64_t i = 0; i < n; ++i) out |= static_cast<uint64_t>(action[i]) >= static_cast<uint64_t>(width);
-    if (!out) return;
+    if (width <= kRowsInLanes) {
+      auto out = splat_mask<T>(false);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        const auto x = Vec<T>::load(action_lane + i);
+        out = out | (x < Vec<T>(T(0))) | (x >= Vec<T>(static_cast<T>(width)));
+      }
+      if (!any(out)) return;
+    }
     for (int64_t i = 0; i < n; ++i) {
       if (skip[i] || (action[i] >= 0 && action[i] < width)) continue;
       skip[i] = any_skip = true;
@@ -64,18 +75,34 @@ struct CategoricalLabels {
   }
 };
 
-// Sixteen rows in lanes.
+// Sixteen rows in lanes, and as many of them as are read before the first is used: a load that spans several stores
+// waits until they have left for the cache.
+constexpr int64_t kRowsAhead = 4 * kLanes;
+
 template <class T>
-inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t at, int64_t n,
-                          const CategoricalTile<T>& out) {
+struct CategoricalLanes {
+  alignas(64) T z[kRowsInLanes * kRowsAhead], mask[kRowsInLanes * kRowsAhead];
+
+  // Rows [at, at + n) of the tile that starts at `first`.
+  void read(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t at, int64_t n) {
+    const bool* skip = l.any_skip ? l.skip + at : nullptr;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, n - i);
+      const bool* left_out = skip ? skip + i : nullptr;
+      read_lanes(c.logits, first + at + i, nullptr, rows, left_out, z + i * c.logits.width);
+      if (!c.action_mask.lead.data) continue;
+      read_flag_lanes<T>(c.action_mask, 0, l.mask_row + at + i, rows, left_out, mask + i * c.logits.width);
+    }
+  }
+};
+
+template <class T>
+inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, int64_t at, int64_t n, T* z,
+                          const T* mask, const CategoricalTile<T>& out) {
   using V = Vec<T>;
   const V inf(std::numeric_limits<T>::infinity()), zero(T(0));
   const int64_t width = c.logits.width;
-  const bool* skip = l.any_skip ? l.skip + at : nullptr;
-  alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
-  read_lanes(c.logits, first + at, nullptr, n, skip, z);
   if (c.action_mask.lead.data) {
-    read_flag_lanes<T>(c.action_mask, 0, l.mask_row + at, n, skip, mask);
     for (int64_t j = 0; j < width * kLanes; j += kLanes) {
       select(V::load(mask + j) != zero, V::load(z + j), -inf).store(z + j);
     }
@@ -87,26 +114,20 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
   const V shift = select(largest == -inf, zero, largest), inverse = V::load(l.inverse_temperature + at);
   const V action = V::load(l.action_lane + at);
   V sum = zero, weighted = zero, taken = zero;
-  const auto add = [&](const auto& x, const auto& u, const auto& e, int64_t j) {
-    sum = sum + e;
-    weighted = weighted + e * u;
-    taken = select(action == V(static_cast<T>(j)), x, taken);
-  };
-  constexpr int kStep = kInStep<T>;
-  using W = Wide<T, kStep>;
-  int64_t j = 0;
-  for (; j + kStep <= width; j += kStep) {
-    const W x = W::load(z + j * kLanes), u = softmax_exponent(x, W(shift), W(inverse)), e = exp_floored(u);
-    _Pragma("GCC unroll 4") for (int k = 0; k < kStep; ++k) add(x.v[k], u.v[k], e.v[k], j + k);
-  }
-  for (; j < width; ++j) {
-    const V x = V::load(z + j * kLanes), u = softmax_exponent(x, shift, inverse);
-    add(x, u, exp_floored(u), j);
-  }
+  in_step<T, 4>(width * kLanes, [&](auto steps, int64_t j) PF_INLINE_LAMBDA {
+    constexpr int N = steps();
+    using W = Wide<T, N>;
+    const W x = W::load(z + j), u = softmax_exponent(x, W(shift), W(inverse)), e = exp_floored(u);
+    PF_IN_STEP(k) {
+      sum = sum + e.v[k];
+      weighted = fma_of(e.v[k], u.v[k], weighted);
+      taken = select(action == V(static_cast<T>(j / kLanes + k)), x.v[k], taken);
+    }
+  });
   auto dead = sum == zero;
-  if (skip) {
+  if (l.any_skip) {
     alignas(64) T skipped[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) skipped[i] = i < n && skip[i] ? T(1) : T(0);
+    for (int64_t i = 0; i < kLanes; ++i) skipped[i] = i < n && l.skip[at + i] ? T(1) : T(0);
     dead = dead | (V::load(skipped) != zero);
   }
   const V log_sum = log_of(sum);
@@ -116,38 +137,32 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
   store_part(select(dead, inf, log_sum), out.log_sum + at, n);
 }
 
+// The gradient takes the place of the logits in z.
 template <class T>
-inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, int64_t first, int64_t at, int64_t n,
-                           const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy,
-                           const Rows& d_logits) {
+inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, int64_t at, int64_t n, T* z,
+                           const T* mask, const CategoricalTile<T>& tile, const T* d_log_prob, const T* d_entropy) {
   using V = Vec<T>;
   const V inf(std::numeric_limits<T>::infinity()), zero(T(0));
-  const int64_t width = c.logits.width;
   const bool masked = c.action_mask.lead.data;
   const V log_sum = load_part(tile.log_sum + at, n), shift = load_part(tile.shift + at, n);
   const V g = d_log_prob ? load_part(d_log_prob + at, n) : zero, h = d_entropy ? load_part(d_entropy + at, n) : zero;
   const auto dead = (log_sum == inf) | ((g == zero) & (h == zero));
   const V entropy = d_entropy ? load_part(tile.entropy + at, n) : zero, inverse = V::load(l.inverse_temperature + at);
-  const V action = V::load(l.action_lane + at), at_action = g * inverse;
-  alignas(64) T z[kRowsInLanes * kLanes], mask[kRowsInLanes * kLanes];
+  const V action = V::load(l.action_lane + at), at_action = g * inverse, at_entropy = h * inverse;
   const bool any_dead = any(dead);
-  read_lanes<T>(c.logits, first + at, nullptr, n, nullptr, z);
-  if (masked) read_flag_lanes<T>(c.action_mask, 0, l.mask_row + at, n, nullptr, mask);
-  const auto finish = [&](V d, int64_t j) {
-    d = select(action == V(static_cast<T>(j)), d + at_action, d);
-    if (masked) d = select(V::load(mask + j * kLanes) != zero, d, zero);
-    if (any_dead) d = select(dead, zero, d);
-    d.store(z + j * kLanes);
-  };
-  constexpr int kStep = kInStep<T>;
-  using W = Wide<T, kStep>;
-  int64_t j = 0;
-  for (; j + kStep <= width; j += kStep) {
-    const W d = softmax_grad(W::load(z + j * kLanes), W(shift), W(log_sum), W(entropy), W(inverse), W(g), W(h));
-    _Pragma("GCC unroll 4") for (int k = 0; k < kStep; ++k) finish(d.v[k], j + k);
-  }
-  for (; j < width; ++j) finish(softmax_grad(V::load(z + j * kLanes), shift, log_sum, entropy, inverse, g, h), j);
-  write_lanes(d_logits, first + at, n, z);
+  in_step<T, 4>(c.logits.width * kLanes, [&](auto steps, int64_t j) PF_INLINE_LAMBDA {
+    constexpr int N = steps();
+    using W = Wide<T, N>;
+    const W slopes =
+        softmax_grad(W::load(z + j), W(shift), W(log_sum), W(entropy), W(inverse), -W(at_action), -W(at_entropy));
+    PF_IN_STEP(k) {
+      V d = slopes.v[k];
+      d = select(action == V(static_cast<T>(j / kLanes + k)), d + at_action, d);
+      if (masked) d = select(V::load(mask + j + k * kLanes) != zero, d, zero);
+      if (any_dead) d = select(dead, zero, d);
+      d.store(z + j + k * kLanes);
+    }
+  });
 }
 
 // One long row, chunk by chunk: one pass over memory. Sums are relative to the largest logit so far, in double.
@@ -185,17 +200,17 @@ struct RowSums {
       _Pragma("GCC unroll 4") for (int k = 0; k < 4; k += kStep) {
         using W = Wide<T, kStep>;
         const W u = softmax_exponent(W::load(z + j + k * kLanes), W(shift), W(inverse_temperature));
-        const W e = exp_floored(u), eu = e * u;
+        const W e = exp_floored(u);
         _Pragma("GCC unroll 4") for (int i = 0; i < kStep; ++i) {
           s.v[k + i] = s.v[k + i] + e.v[i];
-          w.v[k + i] = w.v[k + i] + eu.v[i];
+          w.v[k + i] = fma_of(e.v[i], u.v[i], w.v[k + i]);
         }
       }
     }
     for (; j < n; j += kLanes) {
       const V u = softmax_exponent(V::load(z + j), V(shift), V(inverse_temperature)), e = exp_floored(u);
       s.v[0] = s.v[0] + e;
-      w.v[0] = w.v[0] + e * u;
+      w.v[0] = fma_of(e, u, w.v[0]);
     }
     sum += sum_of_lanes((s.v[0] + s.v[1]) + (s.v[2] + s.v[3]));
     weighted += sum_of_lanes((w.v[0] + w.v[1]) + (w.v[2] + w.v[3]));
@@ -252,7 +267,7 @@ inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, in
   const int64_t mask_offset = masked ? offset_of(c.action_mask.lead, l.mask_row[i]) : 0;
   using W = Wide<T, kInStep<T>>;
   const T entropy = d_entropy ? tile.entropy[i] : T(0), shift = tile.shift[i], log_sum = tile.log_sum[i];
-  const T inverse = l.inverse_temperature[i];
+  const T inverse = l.inverse_temperature[i], at_action = g * inverse, at_entropy = h * inverse;
   alignas(64) T z[kChunk], mask[kChunk], d[kChunk];
   if (dead) std::fill(d, d + kChunk, T(0));
   for (int64_t j = 0; j < width; j += kChunk) {
@@ -262,13 +277,15 @@ inline void row_backward(const Categorical& c, const CategoricalLabels<T>& l, in
       constexpr int kStep = kInStep<T> * kLanes;
       int64_t k = 0;
       for (; k + kStep <= n; k += kStep) {
-        softmax_grad(W::load(chunk + k), W(shift), W(log_sum), W(entropy), W(inverse), W(g), W(h)).store(d + k);
+        softmax_grad(W::load(chunk + k), W(shift), W(log_sum), W(entropy), W(inverse), W(-at_action), W(-at_entropy))
+            .store(d + k);
       }
       for (; k < n; k += kLanes) {
-        softmax_grad(V::load(chunk + k), V(shift), V(log_sum), V(entropy), V(inverse), V(g), V(h)).store(d + k);
+        softmax_grad(V::load(chunk + k), V(shift), V(log_sum), V(entropy), V(inverse), V(-at_action), V(-at_entropy))
+            .store(d + k);
       }
       const int64_t a = action - j;
-      if (a >= 0 && a < n) d[a] += g * inverse;
+      if (a >= 0 && a < n) d[a] += at_action;
       if (masked) {
         for (int64_t k = 0; k < n; k += kLanes) {
           select(V::load(mask + k) != V(T(0)), V::load(d + k), V(T(0))).store(d + k);
@@ -288,8 +305,14 @@ inline void categorical_forward(const Categorical& c, int64_t first, int64_t n, 
   CategoricalLabels<T> labels(c, first, n, index, valid);
   labels.check(first, n, c.logits.width, offence);
   if (c.logits.width <= kRowsInLanes) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      lanes_forward(c, labels, first, i, std::min<int64_t>(kLanes, n - i), out);
+    CategoricalLanes<T> lanes;
+    for (int64_t i = 0; i < n; i += kRowsAhead) {
+      const int64_t rows = std::min(kRowsAhead, n - i), width = c.logits.width;
+      lanes.read(c, labels, first, i, rows);
+      for (int64_t k = 0; k < rows; k += kLanes) {
+        T *z = lanes.z + k * width, *mask = lanes.mask + k * width;
+        lanes_forward(c, labels, i + k, std::min<int64_t>(kLanes, rows - k), z, mask, out);
+      }
     }
     return;
   }
@@ -320,8 +343,16 @@ inline void categorical_backward(const Categorical& c, int64_t first, int64_t n,
                                  const Rows& d_logits, bool past_cache) {
   const CategoricalLabels<T> labels(c, first, n, index, nullptr);
   if (c.logits.width <= kRowsInLanes) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      lanes_backward(c, labels, first, i, std::min<int64_t>(kLanes, n - i), tile, d_log_prob, d_entropy, d_logits);
+    CategoricalLanes<T> lanes;
+    for (int64_t i = 0; i < n; i += kRowsAhead) {
+      const int64_t rows = std::min(kRowsAhead, n - i), width = c.logits.width;
+      lanes.read(c, labels, first, i, rows);
+      for (int64_t k = 0; k < rows; k += kLanes) {
+        const int64_t part = std::min<int64_t>(kLanes, rows - k);
+        T *z = lanes.z + k * width, *mask = lanes.mask + k * width;
+        lanes_backward(c, labels, i + k, part, z, mask, tile, d_log_prob, d_entropy);
+        write_lanes(d_logits, first + i + k, part, z);
+      }
     }
     return;
   }

@@ -127,7 +127,11 @@ inline void lanes_to_rows(const T* from, int64_t width, T* const* row) {
 template <class T>
 inline void read_lanes(const Rows& x, int64_t first, const int64_t* row, int64_t n, const bool* skip, T* to) {
   const int64_t width = x.width, stride = x.stride;
-  const auto offset = [&](int64_t i) { return offset_of(x.lead, row ? row[i] : first + i); };
+  const int64_t step = x.lead.ndim == 1 ? x.lead.stride[0] : 0;
+  const auto offset = [&](int64_t i) {
+    const int64_t at = row ? row[i] : first + i;
+    return x.lead.ndim <= 1 ? at * step : offset_of(x.lead, at);
+  };
   with_float_type(x.lead.dtype, [&](auto* type) {
     using From = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<const From*>(x.lead.data);
@@ -158,7 +162,8 @@ inline void read_lanes(const Rows& x, int64_t first, const int64_t* row, int64_t
 
 template <class T>
 inline void write_lanes(const Rows& x, int64_t first, int64_t n, const T* from) {
-  const int64_t width = x.width, stride = x.stride;
+  const int64_t width = x.width, stride = x.stride, step = x.lead.ndim == 1 ? x.lead.stride[0] : 0;
+  const auto offset = [&](int64_t i) { return x.lead.ndim <= 1 ? (first + i) * step : offset_of(x.lead, first + i); };
   with_float_type(x.lead.dtype, [&](auto* type) {
     using To = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<To*>(const_cast<void*>(x.lead.data));
@@ -167,16 +172,16 @@ inline void write_lanes(const Rows& x, int64_t first, int64_t n, const T* from) 
       alignas(64) T unconverted[kRowsInLanes * kLanes];
       for (int i = 0; i < kLanes; ++i) {
         row[i] = unconverted + i * width;
-        if constexpr (std::is_same_v<T, To>) row[i] = data + offset_of(x.lead, first + i);
+        if constexpr (std::is_same_v<T, To>) row[i] = data + offset(i);
       }
       lanes_to_rows(from, width, row);
       if constexpr (!std::is_same_v<T, To>) {
-        for (int i = 0; i < kLanes; ++i) convert_out(row[i], width, data + offset_of(x.lead, first + i));
+        for (int i = 0; i < kLanes; ++i) convert_out(row[i], width, data + offset(i));
       }
       return;
     }
     for (int64_t i = 0; i < n; ++i) {
-      auto* to = data + offset_of(x.lead, first + i);
+      auto* to = data + offset(i);
       for (int64_t j = 0; j < width; ++j) to[j * stride] = static_cast<To>(from[j * kLanes + i]);
     }
   });

@@ -110,8 +110,14 @@ PF_INLINE void in_step(int64_t n, F&& f) {
   constexpr int kStep = std::min(kInStep<T>, kMost);
   int64_t i = 0;
   for (; i + kStep * kLanes <= n; i += kStep * kLanes) f(std::integral_constant<int, kStep>{}, i);
-  for (; kStep > 1 && i < n; i += kLanes) f(std::integral_constant<int, 1>{}, i);
-  if (kStep == 1 && i < n) f(std::integral_constant<int, 1>{}, i);
+  if constexpr (kStep > 2) {
+    if (i + 2 * kLanes <= n) f(std::integral_constant<int, 2>{}, i), i += 2 * kLanes;
+  }
+  if constexpr (kStep > 1) {
+    for (; i < n; i += kLanes) f(std::integral_constant<int, 1>{}, i);
+  } else if (i < n) {
+    f(std::integral_constant<int, 1>{}, i);
+  }
 }
 
 }  // namespace PF_ISA

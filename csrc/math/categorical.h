@@ -19,14 +19,13 @@ PF_FN V softmax_entropy(const V& log_sum, const V& sum, const V& weighted) {
 }
 
 // d/d logit of g·log_prob + h·entropy, but for the +g/temperature of the action taken:
-// -(g + h·(log p + entropy))·p/temperature.
+// -(g + h·(log p + entropy))·p/temperature. minus_g, minus_h: -g/temperature, -h/temperature.
 template <class V>
 PF_FN V softmax_grad(const V& logit, const V& shift, const V& log_sum, const V& entropy, const V& inverse_temperature,
-                     const V& g, const V& h) {
+                     const V& minus_g, const V& minus_h) {
   using T = scalar_t<V>;
-  const V log_p = larger_or_second(V(softmax_floor<T>()), (logit - shift) * inverse_temperature - log_sum);
-  const V slope = g + h * (log_p + entropy);
-  return -(slope * exp_floored(log_p)) * inverse_temperature;
+  const V log_p = larger_or_second(V(softmax_floor<T>()), fma_of(logit - shift, inverse_temperature, -log_sum));
+  return fma_of(minus_h, log_p + entropy, minus_g) * exp_floored(log_p);
 }
 
 }  // namespace PF_ISA

@@ -89,7 +89,7 @@ template <class V>
 PF_FN V exp_floored(const V& x) {
   using T = scalar_t<V>;
   const auto [shifted, n, r] = reduce(x);
-  const V e = fma_of(exp_series(r), r * r, r) + V(T(1));
+  const V one(T(1)), e = fma_of(fma_of(exp_series(r), r, one), r, one);
   return select(x == V(softmax_floor<T>()), V(T(0)), e * pow2_of_shifted<0>(shifted));
 }
 
