@@ -1,4 +1,4 @@
-"""Large results in memory that earlier results have left. Above a megabyte the system's allocator gives pages back when a
+"""Large results in memory that earlier results have left. From some size on the system's allocator gives pages back when a
 result is freed and maps fresh ones for the next: writing to those costs several times what the kernel does. So the last few
 such blocks are kept, as the caching allocator of a GPU does, and used again once nothing refers to them any more.
 """
@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_LEAST = 1 << 20  # bytes; below, the allocator reuses memory by itself
+_LEAST = 1 << 17  # bytes; below, the allocator reuses memory by itself
+_MOST = 1 << 30  # bytes of all kept blocks together
 #: How many blocks are kept; 0 keeps none.
-KEPT = 8
+KEPT = 16
 if _wanted := os.environ.get("PPO_FAST_KEPT_BLOCKS"):
     if not _wanted.isdecimal():
         raise ValueError(f"PPO_FAST_KEPT_BLOCKS must be a whole number >= 0, got {_wanted!r}")
@@ -31,13 +32,17 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised and contiguous, in the shape of `x`, on the CPU."""
     if dtype is None and x.nbytes < _LEAST and x.is_contiguous():
         return torch.empty_like(x)
-    dtype = x.dtype if dtype is None else dtype
-    size = x.numel() * dtype.itemsize
-    if size < _LEAST or KEPT == 0 or _references is None:
-        return torch.empty(x.shape, dtype=dtype, device="cpu")
+    return empty(x.shape, x.dtype if dtype is None else dtype)
+
+
+def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Uninitialised and contiguous, on the CPU."""
+    size = shape.numel() * dtype.itemsize
+    if size < _LEAST or size > _MOST or KEPT == 0 or _references is None:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     with _lock:
         block = _take(size, _references)
-        return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, x.shape, _contiguous(x.shape))
+        return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape, _contiguous(shape))
 
 
 def _take(size: int, references: Callable[[int], int]) -> torch.UntypedStorage:
@@ -49,7 +54,9 @@ def _take(size: int, references: Callable[[int], int]) -> torch.UntypedStorage:
             return block
     block = torch.UntypedStorage(size, device="cpu")
     _blocks.append(block)
-    del _blocks[:-KEPT]  # KEPT > 0 here
+    total = sum(b.nbytes() for b in _blocks)
+    while len(_blocks) > KEPT or total > _MOST:
+        total -= _blocks.pop(0).nbytes()
     return block
 
 

@@ -52,6 +52,16 @@ def test_no_more_than_a_few_are_kept_and_small_ones_never():
     assert not _memory._blocks
 
 
+def test_kept_blocks_are_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(_memory, "_MOST", 3 * _memory._LEAST)
+    for _ in range(5):
+        held = [_memory.empty_like(LARGE) for _ in range(2)] + [_memory.empty_like(torch.empty(_memory._LEAST // 2))]
+        assert sum(b.nbytes() for b in _memory._blocks) <= _memory._MOST
+        del held
+    assert _memory.empty_like(torch.empty(_memory._LEAST)).nbytes > _memory._MOST
+    assert sum(b.nbytes() for b in _memory._blocks) <= _memory._MOST
+
+
 def test_results_of_earlier_calls_stay_as_they_were():
     rewards, values = torch.randn(600, 600), torch.randn(600, 600)
     first = pf.gae(rewards, values)

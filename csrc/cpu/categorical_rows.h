@@ -113,7 +113,8 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
   }
   const V shift = select(largest == -inf, zero, largest), inverse = V::load(l.inverse_temperature + at);
   const V action = V::load(l.action_lane + at);
-  V sum = zero, weighted = zero, taken = zero;
+  const V one(T(1));
+  V sum = zero, weighted = zero, taken = zero, column = zero;
   in_step<T, 4>(width * kLanes, [&](auto steps, int64_t j) PF_INLINE_LAMBDA {
     constexpr int N = steps();
     using W = Wide<T, N>;
@@ -121,7 +122,8 @@ inline void lanes_forward(const Categorical& c, const CategoricalLabels<T>& l, i
     PF_IN_STEP(k) {
       sum = sum + e.v[k];
       weighted = fma_of(e.v[k], u.v[k], weighted);
-      taken = select(action == V(static_cast<T>(j / kLanes + k)), x.v[k], taken);
+      taken = select(action == column, x.v[k], taken);
+      column = column + one;
     }
   });
   auto dead = sum == zero;
@@ -150,6 +152,8 @@ inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, 
   const V entropy = d_entropy ? load_part(tile.entropy + at, n) : zero, inverse = V::load(l.inverse_temperature + at);
   const V action = V::load(l.action_lane + at), at_action = g * inverse, at_entropy = h * inverse;
   const bool any_dead = any(dead);
+  const V one(T(1));
+  V column = zero;
   in_step<T, 4>(c.logits.width * kLanes, [&](auto steps, int64_t j) PF_INLINE_LAMBDA {
     constexpr int N = steps();
     using W = Wide<T, N>;
@@ -157,7 +161,8 @@ inline void lanes_backward(const Categorical& c, const CategoricalLabels<T>& l, 
         softmax_grad(W::load(z + j), W(shift), W(log_sum), W(entropy), W(inverse), -W(at_action), -W(at_entropy));
     PF_IN_STEP(k) {
       V d = slopes.v[k];
-      d = select(action == V(static_cast<T>(j / kLanes + k)), d + at_action, d);
+      d = select(action == column, d + at_action, d);
+      column = column + one;
       if (masked) d = select(V::load(mask + j + k * kLanes) != zero, d, zero);
       if (any_dead) d = select(dead, zero, d);
       d.store(z + j + k * kLanes);

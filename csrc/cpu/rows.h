@@ -56,32 +56,55 @@ inline void merge_row_sums(double* sums, const Rows& out) {
 
 // --- sixteen rows in the lanes: to[j * kLanes + i] is element j of row i ---------------------------------------------
 
-template <class T>
-struct Quads {
-  typedef T Type __attribute__((vector_size(4 * sizeof(T))));
-  typedef T Loose __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+template <class T, int N>
+struct Group {
+  typedef T Type __attribute__((vector_size(N * sizeof(T))));
+  typedef T Loose __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias));
+  static PF_INLINE Type load(const T* p) { return *reinterpret_cast<const Loose*>(p); }
+  static PF_INLINE void store(const Type& x, T* p) { *reinterpret_cast<Loose*>(p) = x; }
 };
+// As many lanes as a register has, at least four: quads, each of which is transposed by itself.
 template <class T>
-using Quad = typename Quads<T>::Type;
+constexpr int kQuadLanes = std::max(4, Registers<T>::kPer);
 
-template <class T>
-PF_INLINE void transpose4(Quad<T>& a, Quad<T>& b, Quad<T>& c, Quad<T>& d) {
-  const Quad<T> ac0 = __builtin_shufflevector(a, c, 0, 4, 1, 5), ac1 = __builtin_shufflevector(a, c, 2, 6, 3, 7);
-  const Quad<T> bd0 = __builtin_shufflevector(b, d, 0, 4, 1, 5), bd1 = __builtin_shufflevector(b, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(ac0, bd0, 0, 4, 1, 5), b = __builtin_shufflevector(ac0, bd0, 2, 6, 3, 7);
-  c = __builtin_shufflevector(ac1, bd1, 0, 4, 1, 5), d = __builtin_shufflevector(ac1, bd1, 2, 6, 3, 7);
+// Of each quad: a[kFirst], b[kFirst], a[kFirst + 1], b[kFirst + 1].
+template <int kFirst, class B, size_t... I>
+PF_INLINE B interleave(const B& a, const B& b, std::index_sequence<I...>) {
+  constexpr int kLanesHere = sizeof...(I);
+  return __builtin_shufflevector(a, b, (int(I / 4 * 4 + kFirst + I % 4 / 2) + int(I % 2) * kLanesHere)...);
+}
+template <class B, class Index>
+PF_INLINE void transpose_quads(B& a, B& b, B& c, B& d, Index index) {
+  const B ac0 = interleave<0>(a, c, index), ac1 = interleave<2>(a, c, index);
+  const B bd0 = interleave<0>(b, d, index), bd1 = interleave<2>(b, d, index);
+  a = interleave<0>(ac0, bd0, index), b = interleave<2>(ac0, bd0, index);
+  c = interleave<0>(ac1, bd1, index), d = interleave<2>(ac1, bd1, index);
+}
+// Columns [at, at + 4) of every fourth row, side by side.
+template <class T, int N>
+PF_INLINE typename Group<T, N>::Type load_quads(const T* const* row, int64_t at) {
+  if constexpr (N == 4) {
+    return Group<T, 4>::load(row[0] + at);
+  } else {
+    const auto low = load_quads<T, N / 2>(row, at), high = load_quads<T, N / 2>(row + N / 2, at);
+    return [&]<size_t... I>(std::index_sequence<I...>) PF_INLINE_LAMBDA {
+      return __builtin_shufflevector(low, high, int(I)...);
+    }(std::make_index_sequence<N>{});
+  }
+}
+template <class T, int N>
+PF_INLINE void store_quads(const typename Group<T, N>::Type& x, T* const* row, int64_t at) {
+  if constexpr (N == 4) {
+    Group<T, 4>::store(x, row[0] + at);
+  } else {
+    [&]<size_t... I>(std::index_sequence<I...>) PF_INLINE_LAMBDA {
+      store_quads<T, N / 2>(__builtin_shufflevector(x, x, int(I)...), row, at);
+      store_quads<T, N / 2>(__builtin_shufflevector(x, x, int(I + N / 2)...), row + N / 2, at);
+    }(std::make_index_sequence<N / 2>{});
+  }
 }
 
-template <class T>
-PF_INLINE Quad<T> load_quad(const T* p) {
-  return *reinterpret_cast<const typename Quads<T>::Loose*>(p);
-}
-template <class T>
-PF_INLINE void store_quad(const Quad<T>& q, T* p) {
-  *reinterpret_cast<typename Quads<T>::Loose*>(p) = q;
-}
-
-// Four by four; the last columns are done twice rather than one by one.
+// Four columns at a time; the last ones are done twice rather than one by one.
 template <class T>
 inline void rows_to_lanes(const T* const* row, int64_t width, T* to) {
   if (width < 4) {
@@ -90,15 +113,16 @@ inline void rows_to_lanes(const T* const* row, int64_t width, T* to) {
     }
     return;
   }
-  for (int i = 0; i < kLanes; i += 4) {
-    const T *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
+  constexpr int N = kQuadLanes<T>;
+  for (int i = 0; i < kLanes; i += N) {
     for (int64_t j = 0; j < width; j += 4) {
       const int64_t at = std::min(j, width - 4);
-      Quad<T> a = load_quad(r0 + at), b = load_quad(r1 + at), c = load_quad(r2 + at), d = load_quad(r3 + at);
-      transpose4<T>(a, b, c, d);
+      auto a = load_quads<T, N>(row + i, at), b = load_quads<T, N>(row + i + 1, at);
+      auto c = load_quads<T, N>(row + i + 2, at), d = load_quads<T, N>(row + i + 3, at);
+      transpose_quads(a, b, c, d, std::make_index_sequence<N>{});
       T* lane = to + at * kLanes + i;
-      store_quad(a, lane), store_quad(b, lane + kLanes), store_quad(c, lane + 2 * kLanes);
-      store_quad(d, lane + 3 * kLanes);
+      Group<T, N>::store(a, lane), Group<T, N>::store(b, lane + kLanes);
+      Group<T, N>::store(c, lane + 2 * kLanes), Group<T, N>::store(d, lane + 3 * kLanes);
     }
   }
 }
@@ -110,17 +134,25 @@ inline void lanes_to_rows(const T* from, int64_t width, T* const* row) {
     }
     return;
   }
-  for (int i = 0; i < kLanes; i += 4) {
-    T *r0 = row[i], *r1 = row[i + 1], *r2 = row[i + 2], *r3 = row[i + 3];
+  constexpr int N = kQuadLanes<T>;
+  for (int i = 0; i < kLanes; i += N) {
     for (int64_t j = 0; j < width; j += 4) {
       const int64_t at = std::min(j, width - 4);
       const T* lane = from + at * kLanes + i;
-      Quad<T> a = load_quad(lane), b = load_quad(lane + kLanes), c = load_quad(lane + 2 * kLanes);
-      Quad<T> d = load_quad(lane + 3 * kLanes);
-      transpose4<T>(a, b, c, d);
-      store_quad(a, r0 + at), store_quad(b, r1 + at), store_quad(c, r2 + at), store_quad(d, r3 + at);
+      auto a = Group<T, N>::load(lane), b = Group<T, N>::load(lane + kLanes);
+      auto c = Group<T, N>::load(lane + 2 * kLanes), d = Group<T, N>::load(lane + 3 * kLanes);
+      transpose_quads(a, b, c, d, std::make_index_sequence<N>{});
+      store_quads<T, N>(a, row + i, at), store_quads<T, N>(b, row + i + 1, at);
+      store_quads<T, N>(c, row + i + 2, at), store_quads<T, N>(d, row + i + 3, at);
     }
   }
+}
+
+// Asks for as many bytes a page further on: the processor's own prefetcher stops at pages.
+template <int kToWrite>
+PF_INLINE void ask_ahead(const void* from, int64_t bytes) {
+  const char* next = static_cast<const char*>(from) + 4096;
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b, kToWrite, 2);
 }
 
 // Rows [first, first + n), or those that `row` names; where `skip` is set, and past the last, nothing is read: 0.
@@ -136,6 +168,7 @@ inline void read_lanes(const Rows& x, int64_t first, const int64_t* row, int64_t
     using From = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<const From*>(x.lead.data);
     if (stride == 1 && n == kLanes && !skip) {
+      if (!row && step == width) ask_ahead<0>(data + offset(0), kLanes * width * sizeof(From));
       const T* rows[kLanes];
       alignas(64) T converted[kRowsInLanes * kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -168,6 +201,7 @@ inline void write_lanes(const Rows& x, int64_t first, int64_t n, const T* from) 
     using To = std::remove_pointer_t<decltype(type)>;
     auto* data = static_cast<To*>(const_cast<void*>(x.lead.data));
     if (stride == 1 && n == kLanes) {
+      if (step == width) ask_ahead<1>(data + offset(0), kLanes * width * sizeof(To));
       T* row[kLanes];
       alignas(64) T unconverted[kRowsInLanes * kLanes];
       for (int i = 0; i < kLanes; ++i) {

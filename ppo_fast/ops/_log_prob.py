@@ -155,7 +155,7 @@ class _Function(torch.autograd.Function):
 def empty_results(lead: torch.Size, entropy: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """log_prob and entropy, for a kernel to fill."""
     dtype = _checks.compute_dtype(*tensors)
-    return torch.empty(lead, dtype=dtype), torch.empty(lead, dtype=dtype) if entropy else None
+    return _memory.empty(lead, dtype), _memory.empty(lead, dtype) if entropy else None
 
 
 def empty_gradient(x: Tensor, needed: bool = True) -> Tensor | None:

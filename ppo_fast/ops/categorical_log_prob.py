@@ -109,9 +109,9 @@ def _reference(logits, actions, action_mask, rows, temperature, ignore_index, en
 def _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
     """(log_prob, entropy or None, what the backward needs)."""
     dtype, lead = _checks.compute_dtype(logits), logits.shape[:-1]
-    log_prob = torch.empty(lead, dtype=dtype)
-    h = torch.empty(lead, dtype=dtype) if entropy else None
-    saved = torch.empty((2, log_prob.numel()), dtype=dtype)
+    log_prob = _memory.empty(lead, dtype)
+    h = _memory.empty(lead, dtype) if entropy else None
+    saved = _memory.empty(torch.Size((2, log_prob.numel())), dtype)
     _backend._C.categorical_log_prob(
         logits, actions, action_mask, rows, temperature, ignore_index, log_prob, h, saved, torch.get_num_threads()
     )
