@@ -30,9 +30,11 @@ _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised and contiguous, in the shape of `x`, on the CPU."""
-    if dtype is None and x.nbytes < _LEAST and x.is_contiguous():
+    if dtype is None:
+        dtype = x.dtype
+    if x.dtype is dtype and x.nbytes < _LEAST and x.is_contiguous():
         return torch.empty_like(x)
-    return empty(x.shape, x.dtype if dtype is None else dtype)
+    return empty(x.shape, dtype)
 
 
 def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -84,5 +84,28 @@ inline Registers<float>::Float fma_register(Registers<float>::Float a, Registers
 #endif
 #endif
 
+// The same on sixteen bytes, whatever the set, and m ? a : b there.
+#if PF_LEVEL >= 3
+PF_INLINE __m128 fma_narrow(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
+PF_INLINE __m128d fma_narrow(__m128d a, __m128d b, __m128d c) { return _mm_fmadd_pd(a, b, c); }
+template <class M>
+PF_INLINE __m128 blend_narrow(const M& m, __m128 a, __m128 b) {
+  return _mm_blendv_ps(b, a, __builtin_bit_cast(__m128, m));
+}
+template <class M>
+PF_INLINE __m128d blend_narrow(const M& m, __m128d a, __m128d b) {
+  return _mm_blendv_pd(b, a, __builtin_bit_cast(__m128d, m));
+}
+#else
+template <class V>
+PF_INLINE V fma_narrow(V a, V b, V c) {
+  return fma_register(a, b, c);
+}
+template <class M, class V>
+PF_INLINE V blend_narrow(const M& m, V a, V b) {
+  return m ? a : b;
+}
+#endif
+
 }  // namespace PF_ISA
 }  // namespace pf

@@ -247,8 +247,8 @@ struct Lane {
   typedef typename Ints<T>::type Bits __attribute__((vector_size(16)));
   static PF_INLINE Float load(const T* p) { return Float{*p}; }
   static PF_INLINE Float advance(const T* a, const T* b, const typename Ints<T>::type* cut, Float x) {
-    const Bits passed = __builtin_bit_cast(Bits, load(b) * x) & ~Bits{*cut};
-    return load(a) + __builtin_bit_cast(Float, passed);
+    const Float alone = load(a), with = fma_narrow(load(b), x, alone);
+    return blend_narrow(Bits{*cut}, alone, with);
   }
 };
 

@@ -14,7 +14,7 @@ struct Step {
 
 template <class V, class M>
 PF_FN V advance(const Step<V, M>& s, const V& x) {
-  return s.a + select(s.cut, V(scalar_t<V>(0)), s.b * x);
+  return select(s.cut, s.a, fma_of(s.b, x, s.a));
 }
 
 // Two steps as one: advance(compose(early, late), x) = advance(early, advance(late, x)).
@@ -71,7 +71,7 @@ struct Gae {
   static PF_FN double decay(double gamma, double lam) { return gamma * lam; }
   template <class V, class M>
   PF_FN Step<V, M> step(const Transition<V, M>& x, const V& gamma, const V& decay) const {
-    return {(x.reward + gamma * x.bootstrap) - x.value, decay, x.cut};
+    return {fma_of(gamma, x.bootstrap, x.reward) - x.value, decay, x.cut};
   }
   template <class V, class M>
   PF_FN void outputs(const Transition<V, M>& x, const V&, const V& now, const V&, V* out) const {
@@ -110,14 +110,14 @@ struct Vtrace {
   static PF_FN double decay(double, double lam) { return lam; }
   template <class V, class M>
   PF_FN Step<V, M> step(const Transition<V, M>& x, const V& gamma, const V& lam) const {
-    const V td_error = (x.reward + gamma * x.bootstrap) - x.value;
+    const V td_error = fma_of(gamma, x.bootstrap, x.reward) - x.value;
     return {min_of(x.ratio, V(rho_clip)) * td_error, gamma * (lam * min_of(x.ratio, V(c_clip))), x.cut};
   }
   template <class V, class M>
   PF_FN void outputs(const Transition<V, M>& x, const V& gamma, const V& now, const V& next, V* out) const {
     const V target = x.bootstrap + select(x.cut, V(T(0)), next);  // vs_{t+1}
     out[0] = x.value + now;
-    out[1] = min_of(x.ratio, V(rho_clip)) * ((x.reward + gamma * target) - x.value);
+    out[1] = min_of(x.ratio, V(rho_clip)) * (fma_of(gamma, target, x.reward) - x.value);
   }
 };
 

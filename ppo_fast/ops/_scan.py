@@ -17,7 +17,10 @@ Final = Tensor | tuple[Tensor, Tensor] | None
 
 
 def is_double(*inputs: Tensor) -> bool:
-    return any(getattr(x, "dtype", None) is _DOUBLE for x in inputs)
+    for x in inputs:
+        if getattr(x, "dtype", None) is _DOUBLE:
+            return True
+    return False
 
 
 def empty(like: Tensor, double: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend, _library, reference
+from .. import _backend, _library, _memory, reference
 from . import _scan
 
 
@@ -111,7 +111,11 @@ def _into(out, rewards, values, last_values, terminated, truncated, final_values
 def _fill(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
           time_dim, out=None):  # fmt: skip
     double = _scan.is_double(rewards, values)
-    advantages, returns = (_scan.empty(rewards, double), _scan.empty(rewards, double)) if out is None else out
+    if out is None:
+        advantages = _scan.empty(rewards, double)
+        returns = _memory.empty_like(advantages)
+    else:
+        advantages, returns = out
     _backend._C.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
                     gamma, lam, time_dim, double, advantages, returns, torch.get_num_threads())  # fmt: skip
     return advantages, returns
