@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 #: A tensor of any library that speaks DLPack, on the CPU; None where the op does without.
 Array: TypeAlias = Any
 
-MAX_ROW_BLOCKS: int
 STATS: tuple[str, ...]
 
 class LossParams:
@@ -179,7 +178,6 @@ def normal_log_prob_backward(
     grad_entropy: Array,
     grad_mean: Array,
     grad_log_std: Array,
-    sums: Array,
     threads: int,
     /,
 ) -> None: ...
@@ -206,7 +204,6 @@ def normal_ppo_loss(
     grad_mean: Array,
     grad_log_std: Array,
     grad_values: Array,
-    sums: Array,
     threads: int,
     /,
 ) -> None: ...

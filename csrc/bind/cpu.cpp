@@ -51,7 +51,6 @@ PYBIND11_MODULE(_C, m) {
   bind_multi_categorical_log_prob(m);
   bind_bernoulli_log_prob(m);
   bind_beta_log_prob(m);
-  m.attr("MAX_ROW_BLOCKS") = pf::kMaxRowBlocks;
   bind_gae(m);
   bind_vtrace(m);
   bind_discounted_returns(m);

@@ -1,4 +1,6 @@
 #pragma once
+#include <vector>
+
 #include "../cpu/dispatch.h"
 #include "log_prob.h"
 
@@ -25,6 +27,19 @@ inline Normal normal(const Tensor& mean, const Tensor& log_std, const Tensor& ac
   return d;
 }
 
+// Scratch for the gradient [D] of a log_std that all rows share, to which `at` then points; else nothing.
+inline std::vector<double> shared_sums(const Tensor& d_log_std, const Tensor& mean, double*& at) {
+  std::vector<double> sums;
+  if (d_log_std && d_log_std.ndim() == 1 && mean.ndim() != 1) {
+    d_log_std.shape_is({mean.size(-1)}, "[D]");
+    sums.resize(kMaxRowBlocks * mean.size(-1));
+    at = sums.data();
+  } else {
+    d_log_std.same_shape(mean, "the shape of mean");
+  }
+  return sums;
+}
+
 inline void bind_normal_log_prob(py::module_& m) {
   m.def("normal_log_prob", [](py::handle mean_, py::handle log_std_, py::handle actions_, bool squash,
                               py::handle log_prob_, py::handle entropy_, int threads) {
@@ -41,15 +56,14 @@ inline void bind_normal_log_prob(py::module_& m) {
     a.threads = threads;
     without_gil(mean.numel(), [&] { pf::normal_log_prob(a); });
   });
-  // sums: [kMaxRowBlocks, D] float64 with d_log_std [D], where one log_std is shared by all rows; else None.
+  // d_log_std [D]: of a log_std that all rows share.
   m.def("normal_log_prob_backward",
         [](py::handle mean_, py::handle log_std_, py::handle actions_, bool squash, py::handle d_log_prob_,
-           py::handle d_entropy_, py::handle d_mean_, py::handle d_log_std_, py::handle sums_, int threads) {
+           py::handle d_entropy_, py::handle d_mean_, py::handle d_log_std_, int threads) {
     const char* op = "normal_log_prob";
     const Tensor mean(op, "mean", mean_), log_std(op, "log_std", log_std_), actions(op, "actions", actions_);
     const Tensor d_log_prob(op, "grad of log_prob", d_log_prob_), d_entropy(op, "grad of entropy", d_entropy_);
     const Tensor d_mean(op, "grad of mean", d_mean_), d_log_std(op, "grad of log_std", d_log_std_);
-    const Tensor sums(op, "sums", sums_);
     NormalLogProbBackwardArgs a{};
     a.dist = normal(mean, log_std, actions, squash);
     const int lead = mean.ndim() - 1;
@@ -58,13 +72,8 @@ inline void bind_normal_log_prob(py::module_& m) {
     a.d_log_prob = incoming(d_log_prob, mean, lead);
     a.d_entropy = incoming(d_entropy, mean, lead);
     if (d_mean) a.d_mean = gradient_rows(d_mean, mean);
-    if (sums) {
-      sums.shape_is({kMaxRowBlocks, a.dist.mean.width}, "[blocks, D]").dtype_is(DType::f64, "float64").contiguous();
-      a.sums = static_cast<double*>(sums.data());
-      d_log_std.required().floating().shape_is({a.dist.mean.width}, "[D]");
-    } else {
-      d_log_std.floating().same_shape(mean, "the shape of mean");
-    }
+    d_log_std.floating();
+    const std::vector<double> sums = shared_sums(d_log_std, mean, a.sums);
     if (d_log_std) a.d_log_std = d_log_std.rows();
     a.threads = threads;
     without_gil(mean.numel(), [&] { pf::normal_log_prob_backward(a); });

@@ -170,12 +170,12 @@ void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool stre
       const auto row = [&](int j) { return t + (j < inside ? j : inside - 1); };
       const auto group = [&](int64_t c, bool partial) __attribute__((always_inline)) {
         has.partial = partial;
-        if (streaming) {  // the rows of the next tile: no prefetcher guesses that they come next
+        if (streaming) {  // the rows of the next group but one: no prefetcher guesses that they come next
           for (int j = 0; j < kGroup; ++j) {
-            __builtin_prefetch(tile.rewards.at(t - kGroup + j, c), 0);
-            if constexpr (Op::kValues) __builtin_prefetch(tile.values.at(t - kGroup + j, c), 0);
-            if constexpr (Op::kRatios) __builtin_prefetch(tile.log_rhos.at(t - kGroup + j, c), 0);
-            if (has.terminated && c % 64 == 0) __builtin_prefetch(tile.terminated.at(t - kGroup + j, c), 0);
+            __builtin_prefetch(tile.rewards.at(t - 2 * kGroup + j, c), 0, 2);
+            if constexpr (Op::kValues) __builtin_prefetch(tile.values.at(t - 2 * kGroup + j, c), 0, 2);
+            if constexpr (Op::kRatios) __builtin_prefetch(tile.log_rhos.at(t - 2 * kGroup + j, c), 0, 2);
+            if (has.terminated && c % 64 == 0) __builtin_prefetch(tile.terminated.at(t - 2 * kGroup + j, c), 0, 2);
           }
         }
         const V g = V::load(gamma + c), d = V::load(decay + c), incoming = V::load(trace + c);

@@ -64,20 +64,19 @@ class _Normal(LogProbOp):
         return log_prob, h, None
 
     def backward(self, needs, mean, log_std, actions, squash, saved, d_log_prob, d_entropy):
-        d_mean, d_log_std, sums = empty_gradient(mean, needs[0]), None, None
-        width = mean.shape[-1]
+        d_mean, d_log_std, width = empty_gradient(mean, needs[0]), None, mean.shape[-1]
         if needs[1] and log_std.shape == mean.shape:
             d_log_std = empty_gradient(log_std)
         elif needs[1] and log_std.numel() == width and log_std.ndim > 0 and log_std.shape[-1] == width:
             d_log_std = torch.empty(width, dtype=log_std.dtype)
-            sums = torch.empty((_backend._C.MAX_ROW_BLOCKS, width), dtype=torch.float64)
         elif needs[1]:  # neither one for all rows nor one for each: summed afterwards
             d_log_std = torch.empty(mean.shape, dtype=_checks.compute_dtype(mean, log_std, actions))
         _backend._C.normal_log_prob_backward(
-            mean, log_std, actions, squash, d_log_prob, d_entropy, d_mean, d_log_std, sums, torch.get_num_threads()
+            mean, log_std, actions, squash, d_log_prob, d_entropy, d_mean, d_log_std, torch.get_num_threads()
         )
         if needs[1] and d_log_std.shape != log_std.shape:
-            d_log_std = d_log_std.sum_to_size(log_std.shape) if sums is None else d_log_std.view(log_std.shape)
+            summed = d_log_std.numel() == log_std.numel()
+            d_log_std = d_log_std.view(log_std.shape) if summed else d_log_std.sum_to_size(log_std.shape)
             d_log_std = d_log_std.to(log_std.dtype)
         return d_mean, d_log_std
 

@@ -77,11 +77,9 @@ def _fill(params, inputs, needed, extra, rollout):
     actions, squash, index = extra
     loss, stats = _loss.outputs(*inputs)
     grads = _loss.gradients(inputs, needed)
-    shared = needed[1] and log_std.ndim == 1 and mean.ndim != 1
-    sums = mean.new_empty((_backend._C.MAX_ROW_BLOCKS, mean.shape[-1]), dtype=torch.float64) if shared else None
     _backend._C.normal_ppo_loss(
         params, mean, log_std, actions, squash, index, old_log_prob, advantages, values, old_values, returns, *rest, loss,
-        stats, *grads, sums, torch.get_num_threads(),
+        stats, *grads, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grads
 
