@@ -22,7 +22,7 @@ if _wanted := os.environ.get("PPO_FAST_KEPT_BLOCKS"):
         raise ValueError(f"PPO_FAST_KEPT_BLOCKS must be a whole number >= 0, got {_wanted!r}")
     KEPT = int(_wanted)
 
-_blocks: list[torch.UntypedStorage] = []
+_blocks: list[tuple[int, torch.UntypedStorage]] = []  # size in bytes, block
 _lock = threading.Lock()
 # How many tensors have a block. Private to torch: where it is missing nothing is kept.
 _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -44,27 +44,20 @@ def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")
     with _lock:
         block = _take(size, _references)
-        return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape, _contiguous(shape))
+        return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape)  # type: ignore[call-overload]
 
 
 def _take(size: int, references: Callable[[int], int]) -> torch.UntypedStorage:
     for i in range(len(_blocks)):
-        block = _blocks[i]
-        # no tensor has it, and of Python nothing but the list, this variable and the count itself
-        if block.nbytes() == size and references(block._cdata) == 1 and sys.getrefcount(block) == 3:
-            _blocks.append(_blocks.pop(i))  # the block used longest ago is dropped first
-            return block
+        if _blocks[i][0] == size:
+            block = _blocks[i][1]
+            # no tensor has it, and of Python nothing but the list, this variable and the count itself
+            if references(block._cdata) == 1 and sys.getrefcount(block) == 3:
+                _blocks.append(_blocks.pop(i))  # the block used longest ago is dropped first
+                return block
     block = torch.UntypedStorage(size, device="cpu")
-    _blocks.append(block)
-    total = sum(b.nbytes() for b in _blocks)
+    _blocks.append((size, block))
+    total = sum(size for size, _ in _blocks)
     while len(_blocks) > KEPT or total > _MOST:
-        total -= _blocks.pop(0).nbytes()
+        total -= _blocks.pop(0)[0]
     return block
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))

@@ -56,10 +56,10 @@ def test_kept_blocks_are_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(_memory, "_MOST", 3 * _memory._LEAST)
     for _ in range(5):
         held = [_memory.empty_like(LARGE) for _ in range(2)] + [_memory.empty_like(torch.empty(_memory._LEAST // 2))]
-        assert sum(b.nbytes() for b in _memory._blocks) <= _memory._MOST
+        assert sum(block.nbytes() for _, block in _memory._blocks) <= _memory._MOST
         del held
     assert _memory.empty_like(torch.empty(_memory._LEAST)).nbytes > _memory._MOST
-    assert sum(b.nbytes() for b in _memory._blocks) <= _memory._MOST
+    assert sum(block.nbytes() for _, block in _memory._blocks) <= _memory._MOST
 
 
 def test_results_of_earlier_calls_stay_as_they_were():

@@ -36,10 +36,12 @@ struct Registers {
 #define PF_EACH(i) for (int i = 0; i < Registers<T>::kCount; ++i)
 #define PF_INLINE inline
 #define PF_INLINE_LAMBDA
+constexpr bool kSmall = true;  // nor has it versions of its own for what is common
 #else
 #define PF_EACH(i) _Pragma("GCC unroll 8") for (int i = 0; i < Registers<T>::kCount; ++i)
 #define PF_INLINE inline __attribute__((always_inline))
 #define PF_INLINE_LAMBDA __attribute__((always_inline))
+constexpr bool kSmall = false;
 #endif
 
 #if PF_LEVEL == 4

@@ -431,7 +431,7 @@ void scan(const ScanArgs& a, Make&& make) {
     using T = decltype(zero);
     const auto op = make(zero);
     using Op = std::remove_const_t<decltype(op)>;
-    if constexpr (Op::kPlainToo && sizeof(T) == sizeof(float)) {
+    if constexpr (Op::kPlainToo && sizeof(T) == sizeof(float) && !kSmall) {
       if (plain) return scan_as<Op, T, true>(a, op);
     }
     scan_as<Op, T, false>(a, op);

@@ -1,5 +1,6 @@
-// One translation unit per op and instruction set: CMake compiles this file with PF_OP_BODY = "<op>.inc" and PF_LEVEL.
-// The target pragma comes after every standard header, so no shared inline function is compiled for a newer CPU.
+// One translation unit per family of ops and instruction set: CMake compiles this file with PF_OP_BODIES, which
+// includes the family's "<op>.inc", and PF_LEVEL. The target pragma comes after every standard header, so no shared
+// inline function is compiled for a newer CPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -35,4 +36,4 @@
 #include "stream.h"
 #include "convert.h"
 #include "dtype.h"
-#include PF_OP_BODY
+#include PF_OP_BODIES
