@@ -46,11 +46,11 @@ def files(folder):
 
 def test_what_is_saved_is_plain_data(finished):
     state = torch.load(finished / "checkpoint.pt", weights_only=True)
-    allowed = (dict, list, str, int, float, bool, type(None), torch.Tensor)
+    allowed = (dict, list, tuple, str, int, float, bool, type(None), torch.Tensor)
 
     def walk(x):
         assert type(x) in allowed, type(x)
-        for y in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+        for y in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ():
             walk(y)
 
     walk(state)
@@ -120,7 +120,7 @@ def test_code_in_a_checkpoint_does_not_run(finished, quiet, how, monkeypatch, tm
     if how == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     else:
-        torch.save({"format": "ppo_fast.control", "version": 1, "config": Bomb()}, path)
+        torch.save({"format": "ppo_fast.control", "version": 2, "config": Bomb()}, path)
     with pytest.raises(UserError, match="damaged or foreign"):
         resume(finished, quiet)
     assert not (tmp_path / "exploded").exists()
@@ -132,7 +132,7 @@ def test_code_in_a_checkpoint_does_not_run(finished, quiet, how, monkeypatch, tm
         {"weights": torch.zeros(3)},
         torch.zeros(3),
         {"format": "ppo_fast.control", "version": 99},
-        {"format": "ppo_fast.control", "version": 1},
+        {"format": "ppo_fast.control", "version": 2},
     ],
 )
 def test_foreign_checkpoints_are_named(finished, quiet, state):

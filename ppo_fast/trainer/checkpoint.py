@@ -20,7 +20,7 @@ import torch
 from .errors import UserError, one_line
 
 FORMAT = "ppo_fast.control"
-VERSION = 1
+VERSION = 2
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import random
 import time
@@ -122,14 +123,16 @@ class Trainer:
         return episodes, {name: named[name] for name in PROGRESS_COLUMNS}
 
     def state_dict(self) -> dict[str, Any]:
+        """A snapshot: later training does not change it."""
         now = self.now
         envs = [[episode, torch.from_numpy(actions)] for episode, actions in replay_states(self.envs)]
         normalizers = {
             "observations": None if self.obs_normalizer is None else self.obs_normalizer.moments.state_dict(),
             "rewards": None if self.reward_normalizer is None else self.reward_normalizer.state_dict(),
         }
+        learned = {"parameters": dict(self.net.state_dict()), "optimizer": self.learner.optimizer.state_dict()}
         return {
-            "parameters": self.net.state_dict(), "optimizer": self.learner.optimizer.state_dict(), "normalizers": normalizers,
+            **copy.deepcopy(learned), "normalizers": normalizers,
             "generator": self.generator.get_state(), "global_rng": checkpoint.global_rng_state(),
             "envs": envs, "collector": self.collector.state_dict(),
             "now": {"global_step": now.global_step, "iteration": now.iteration, "episodes": now.episodes,
@@ -139,7 +142,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Puts everything back; False if the environments did not replay to the observations of the checkpoint."""
         self.net.load_state_dict(state["parameters"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.load_optimizer(state["optimizer"])
         if self.obs_normalizer is not None:
             self.obs_normalizer.moments.load_state_dict(state["normalizers"]["observations"])
         if self.reward_normalizer is not None:

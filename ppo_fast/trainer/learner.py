@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,6 @@ from .config import ControlConfig
 from .errors import UserError
 from .networks import ActorCritic
 from .normalize import RewardNormalizer
-from .optimizer import Adam
 from .policies import Batch, Policy
 from .rollout import Collector
 
@@ -37,7 +38,7 @@ class Learner:
     def __init__(self, config: ControlConfig, policy: Policy, net: ActorCritic, generator: torch.Generator) -> None:
         self.config, self.policy, self.net, self.generator = config, policy, net, generator
         self.loss_config = loss_config(config)
-        self.optimizer = Adam(net.flat, net.grad, config.adam_eps)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
     def batch(self, rollout: Collector, normalizer: RewardNormalizer | None) -> Batch:
@@ -70,19 +71,31 @@ class Learner:
         obs = rollout.obs[:-1].reshape(t * n, -1)
         return Batch(obs, actions, mask, log_prob, values[:-1].reshape(-1), advantages.reshape(-1), returns.reshape(-1))
 
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """As `optimizer.load_state_dict`, which does not compare shapes."""
+        shapes = {i: p.shape for i, p in enumerate(self.net.parameters())}
+        for i, moments in state["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != shapes.get(i):
+                    raise ValueError(f"{name} of shape {tuple(moments[name].shape)} for parameter {i}")
+        self.optimizer.load_state_dict(state)
+
     def update(self, batch: Batch, rows: Tensor, learning_rate: float) -> tuple[Tensor, int]:
         """Epochs over the `rows` of a batch; mean statistics (and gradient norm, last) and the gradient steps taken."""
         config, net, optimizer = self.config, self.net, self.optimizer
+        parameters = list(net.parameters())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         stats, norms = [], []
         for _ in range(config.update_epochs):
             order = rows[torch.randperm(len(rows), generator=self.generator)]
             for index in order.tensor_split(min(config.num_minibatches, len(rows))):
-                forward = net.forward(batch.obs[index])
-                out = self.policy.loss(forward.params, forward.log_std, forward.values, batch, index, self.loss_config)
+                params, values = net(batch.obs[index])
+                out = self.policy.loss(params, net.log_std, values, batch, index, self.loss_config)
+                optimizer.zero_grad()
                 out.loss.backward()
-                net.backward(forward)
-                norms.append(net.clip_grad_norm(config.max_grad_norm))
-                optimizer.step(learning_rate)
+                norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                optimizer.step()
                 stats.append(out.stats.vector)
             if config.target_kl is not None and float(stats[-1][_APPROX_KL]) > config.target_kl:
                 break
