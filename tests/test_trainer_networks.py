@@ -10,7 +10,7 @@ from torch import nn
 
 from ppo_fast.trainer.config import ControlConfig
 from ppo_fast.trainer.learner import Learner
-from ppo_fast.trainer.networks import ActorCritic
+from ppo_fast.trainer.networks import ActorCritic, without_modules
 
 
 def make(hidden=(64, 64), outputs=3, log_std=0):
@@ -29,6 +29,7 @@ def test_outputs_are_those_of_tanh_layers(hidden):
             y = y @ layer.weight.t() + layer.bias
             y = y.tanh() if i < len(hidden) else y
         torch.testing.assert_close(out, y)
+        torch.testing.assert_close(without_modules(mlp)(x), mlp(x))
 
 
 def test_initial_weights_are_orthogonal_with_the_gains_of_cleanrl():

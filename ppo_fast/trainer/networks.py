@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def mlp(sizes: list[int], last_gain: float, generator: torch.Generator) -> nn.Sequential:
@@ -19,6 +21,18 @@ def mlp(sizes: list[int], last_gain: float, generator: torch.Generator) -> nn.Se
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+def without_modules(network: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    """The same function, for a few rows and without a graph: there half the time of a forward is the modules' own."""
+    *hidden, last = [(x.weight, x.bias) for x in network if isinstance(x, nn.Linear)]
+
+    def forward(x: Tensor) -> Tensor:
+        for weight, bias in hidden:
+            x = F.linear(x, weight, bias).tanh_()
+        return F.linear(x, *last)
+
+    return forward
 
 
 class ActorCritic(nn.Module):

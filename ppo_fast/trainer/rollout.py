@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .config import ControlConfig
 from .errors import UserError, one_line
-from .networks import ActorCritic
+from .networks import ActorCritic, without_modules
 from .normalize import ObservationNormalizer
 from .policies import Policy
 from .spaces import MASK, MaskReader, ObservationCodec
@@ -96,7 +96,7 @@ class Collector:
         self._check()
 
     def _loop(self) -> None:
-        actor, policy, log_std, step = self.net.actor, self.policy, self.net.log_std, self.envs.step
+        actor, policy, log_std, step = without_modules(self.net.actor), self.policy, self.net.log_std, self.envs.step
         obs, params, noise, actions, masks, raw_rows, action_rows = self._rows
         same_step = self.config.autoreset == "same_step"
         for t in range(len(self.rewards)):
