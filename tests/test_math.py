@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import mpmath
 import pytest
@@ -71,6 +72,29 @@ def test_exp(isa, dtype):
     (grad,) = torch.autograd.grad(log_prob.sum(), mean)
     truth = [mpmath.exp(-2 * mpmath.mpf(x)) for x in log_std[:, 0].tolist()]
     assert ulps(grad[:, 0], truth) <= 4  # two exponentials and their product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_beyond_its_linear_part(isa, dtype):
+    """The statistic approx_kl of one token is exp(d) - 1 - d, which for small d cancels but for the last few digits."""
+    for d in [s * x for x in (1e-6, 1e-4, 0.01, 0.1, 0.34, 0.35, 0.5, 2.0, 20.0) for s in (1, -1)]:
+        x = torch.tensor([d], dtype=dtype)
+        kl = pf.ppo_loss(x, torch.zeros_like(x), torch.ones_like(x)).stats.approx_kl
+        exact = mpmath.mpf(x.item())
+        assert ulps(kl[None], [mpmath.expm1(exact) - exact]) <= 16, d
+
+
+def test_fused_multiply_add_rounds_once(isa):
+    """A return of two steps is r₀ + γ·r₁. Sums as near a tie between two floats as products of floats come."""
+    gamma = 1 - torch.arange(1, 4097, dtype=torch.float64).repeat(2) * 2.0**-24
+    last = (2.0**-24 / gamma).float()
+    first = torch.tensor([1.0, 1 + 2.0**-23]).repeat_interleave(4096)
+    (got, _) = pf.discounted_returns(torch.stack([first, last]), gamma=gamma.float())
+    exact = [
+        Fraction(a) + Fraction(g) * Fraction(b)
+        for a, g, b in zip(first.tolist(), gamma.tolist(), last.tolist(), strict=True)
+    ]
+    assert got.tolist() == [round(x * 2**23) / 2**23 for x in exact]  # ties to even
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -90,7 +90,7 @@ struct DiscountedReturns {
   static PF_FN double decay(double gamma, double) { return gamma; }
   template <class V, class M>
   PF_FN Step<V, M> step(const Transition<V, M>& x, const V& gamma, const V& decay) const {
-    return {x.reward + select(x.cut, gamma * x.bootstrap, V(T(0))), decay, x.cut};
+    return {fma_of(gamma, x.bootstrap, x.reward), decay, x.cut};  // x.bootstrap is 0 but at a boundary
   }
   template <class V, class M>
   PF_FN void outputs(const Transition<V, M>&, const V&, const V& now, const V&, V* out) const {
