@@ -5,6 +5,7 @@ such blocks are kept, as the caching allocator of a GPU does, and used again onc
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -22,6 +23,8 @@ if _wanted := os.environ.get("PPO_FAST_KEPT_BLOCKS"):
         raise ValueError(f"PPO_FAST_KEPT_BLOCKS must be a whole number >= 0, got {_wanted!r}")
     KEPT = int(_wanted)
 
+_LARGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 _blocks: list[tuple[int, torch.UntypedStorage]] = []  # size in bytes, block
 _lock = threading.Lock()
 # How many tensors have a block. Private to torch: where it is missing nothing is kept.
@@ -56,8 +59,17 @@ def _take(size: int, references: Callable[[int], int]) -> torch.UntypedStorage:
                 _blocks.append(_blocks.pop(i))  # the block used longest ago is dropped first
                 return block
     block = torch.UntypedStorage(size, device="cpu")
+    _ask_for_large_pages(block.data_ptr(), size)
     _blocks.append((size, block))
     total = sum(size for size, _ in _blocks)
     while len(_blocks) > KEPT or total > _MOST:
         total -= _blocks.pop(0)[0]
     return block
+
+
+def _ask_for_large_pages(address: int, size: int) -> None:
+    """Linux maps the block two megabytes at a time where it may: fewer first touches, fewer pages to look up."""
+    start = -(-address // _LARGE_PAGE) * _LARGE_PAGE
+    length = (address + size - start) // _LARGE_PAGE * _LARGE_PAGE
+    if length > 0 and _madvise is not None:
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # a refusal changes nothing
