@@ -137,14 +137,5 @@ PF_FN V softplus(const V& x) {
   return max_of(x, V(T(0))) + log1p_of(exp_of(-abs_of(x)));
 }
 
-// 1/(1 + e^-x).
-template <class V>
-PF_FN V sigmoid(const V& x) {
-  using T = scalar_t<V>;
-  const V e = exp_of(-abs_of(x));
-  const V small = e / (V(T(1)) + e);
-  return select(x >= V(T(0)), V(T(1)) / (V(T(1)) + e), select(x != x, x, small));
-}
-
 }  // namespace PF_ISA
 }  // namespace pf
