@@ -18,17 +18,11 @@ PF_FN V exp_series(const V& r) {
     p = fma_of(p, r, V(T(1.6666665459e-1)));
     return fma_of(p, r, V(T(5.0000001201e-1)));
   } else {
-    constexpr double kInverseFactorials[] = {1.0 / 479001600.0,
-                                             1.0 / 39916800.0,
-                                             1.0 / 3628800.0,
-                                             1.0 / 362880.0,
-                                             1.0 / 40320.0,
-                                             1.0 / 5040.0,
-                                             1.0 / 720.0,
-                                             1.0 / 120.0,
-                                             1.0 / 24.0,
-                                             1.0 / 6.0,
-                                             0.5};
+    // clang-format off
+    constexpr double kInverseFactorials[] = {
+      1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0,
+      1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5};
+    // clang-format on
     V p = V(T(1.0 / 6227020800.0));
     for (double c : kInverseFactorials) p = fma_of(p, r, V(T(c)));
     return p;
