@@ -70,6 +70,16 @@ def cases(draw):
     return case
 
 
+@st.composite
+def carried_cases(draw):
+    """Where masked steps are passed over: there a final value is not read either."""
+    case = draw(cases())
+    case["mask_mode"] = "carry"
+    if isinstance(case["final_values"], torch.Tensor) and case["mask"] is not None:
+        case["final_values"] = torch.where(case["mask"] != 0, case["final_values"], torch.nan)
+    return case
+
+
 def transposed(case: dict) -> dict:
     """The same trajectories as [N, T]."""
     flat = case["final_values"]

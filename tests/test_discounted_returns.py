@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import ISAS, assert_as_good, pf
 from hypothesis import given
-from hypothesis import strategies as st
-from scan_cases import cases, double, rate, steps_of_column, transposed
+from scan_cases import carried_cases, double, rate, steps_of_column, transposed
 
 from ppo_fast import reference
 from ppo_fast.ops.discounted_returns import _op
@@ -16,15 +15,6 @@ from ppo_fast.ops.discounted_returns import _op
 
 def call(function, case):
     return function(**{k: v for k, v in case.items() if k not in ("log_rhos", "values", "mask_mode", "lam")})
-
-
-@st.composite
-def return_cases(draw):
-    case = draw(cases())
-    case["mask_mode"] = "carry"
-    if isinstance(case["final_values"], torch.Tensor) and case["mask"] is not None:
-        case["final_values"] = torch.where(case["mask"] != 0, case["final_values"], torch.nan)
-    return case
 
 
 def by_definition(case):
@@ -45,14 +35,14 @@ def by_definition(case):
     return torch.from_numpy(returns)
 
 
-@given(return_cases())
+@given(carried_cases())
 def test_values(case):
     truth, eager = call(reference.discounted_returns, double(case)), call(reference.discounted_returns, case)
     assert_as_good(call(pf.discounted_returns, case), eager, truth, "time-major")
     assert_as_good(call(pf.discounted_returns, transposed(case)).t(), eager, truth, "batch-major")
 
 
-@given(return_cases())
+@given(carried_cases())
 def test_definition(case):
     assert_as_good(call(pf.discounted_returns, double(case)), None, by_definition(case), ulps=64)
 

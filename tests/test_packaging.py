@@ -224,6 +224,7 @@ print(pf.explain())
         code = f"""
 import pytest, ppo_fast
 assert ppo_fast.__file__.startswith({str(installed)!r}), ppo_fast.__file__
-sys.exit(pytest.main(["-p", "no:cacheprovider", "-x", "tests/test_config.py"]))
+sys.exit(pytest.main(["-p", "no:cacheprovider", "-x", "tests/test_config.py", "tests/test_dlpack.py",
+                      "tests/test_ppo_loss.py", "tests/test_gae.py"]))
 """
         assert " passed" in run_installed(installed, code, source)

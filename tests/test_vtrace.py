@@ -10,7 +10,7 @@ import torch
 from conftest import ISAS, assert_as_good, pf
 from hypothesis import given
 from hypothesis import strategies as st
-from scan_cases import cases, double, rate, steps_of_column, transposed
+from scan_cases import carried_cases, double, rate, steps_of_column, transposed
 
 from ppo_fast import reference
 from ppo_fast.ops.vtrace import _op
@@ -22,10 +22,7 @@ def call(function, case):
 
 @st.composite
 def vtrace_cases(draw):
-    case = draw(cases())
-    case["mask_mode"] = "carry"
-    if isinstance(case["final_values"], torch.Tensor) and case["mask"] is not None:
-        case["final_values"] = torch.where(case["mask"] != 0, case["final_values"], torch.nan)
+    case = draw(carried_cases())
     clips = st.sampled_from((0.5, 1.0, 2.0, math.inf))
     return case | {"rho_clip": draw(clips), "c_clip": draw(clips)}
 

@@ -9,20 +9,13 @@ namespace PF_ISA {
 
 constexpr int kLanes = 16;
 
+// The integer as wide as T.
 template <class T>
-struct Ints;
-template <>
-struct Ints<float> {
-  using type = int32_t;
-};
-template <>
-struct Ints<double> {
-  using type = int64_t;
-};
+using IntOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 template <class T>
 struct Registers {
-  using Int = typename Ints<T>::type;
+  using Int = IntOf<T>;
   static constexpr int kCount = kLanes * sizeof(T) / PF_VECTOR_BYTES;
   static constexpr int kPer = PF_VECTOR_BYTES / sizeof(T);
   typedef T Float __attribute__((vector_size(PF_VECTOR_BYTES)));

@@ -148,13 +148,6 @@ inline void lanes_to_rows(const T* from, int64_t width, T* const* row) {
   }
 }
 
-// Asks for as many bytes a page further on: the processor's own prefetcher stops at pages.
-template <int kToWrite>
-PF_INLINE void ask_ahead(const void* from, int64_t bytes) {
-  const char* next = static_cast<const char*>(from) + 4096;
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b, kToWrite, 2);
-}
-
 // Rows [first, first + n), or those that `row` names; where `skip` is set, and past the last, nothing is read: 0.
 template <class T>
 inline void read_lanes(const Rows& x, int64_t first, const int64_t* row, int64_t n, const bool* skip, T* to) {

@@ -244,9 +244,9 @@ void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool stre
 template <class T>
 struct Lane {
   typedef T Float __attribute__((vector_size(16)));
-  typedef typename Ints<T>::type Bits __attribute__((vector_size(16)));
+  typedef IntOf<T> Bits __attribute__((vector_size(16)));
   static PF_INLINE Float load(const T* p) { return Float{*p}; }
-  static PF_INLINE Float advance(const T* a, const T* b, const typename Ints<T>::type* cut, Float x) {
+  static PF_INLINE Float advance(const T* a, const T* b, const IntOf<T>* cut, Float x) {
     const Float alone = load(a), with = fma_narrow(load(b), x, alone);
     return blend_narrow(Bits{*cut}, alone, with);
   }
@@ -255,7 +255,7 @@ struct Lane {
 template <class T>
 struct StepLanes {
   alignas(64) T a[kLanes], b[kLanes];
-  alignas(64) typename Ints<T>::type cut[kLanes];
+  alignas(64) IntOf<T> cut[kLanes];
   PF_INLINE void store(const Step<Vec<T>, Mask<T>>& s) {
     s.a.store(a);
     s.b.store(b);

@@ -157,8 +157,10 @@ PF_INLINE void store_lanes(const Vec<T>& v, T* to, int64_t n) {
   if (n == 1) *to = lanes[0];
 }
 
-// --- sixteen places of one column: lane l holds steps 4·group_of(l) ... + 3 of 64 that follow each other
-// --------------- The 64 elements are transposed in quads that never leave their register, so the lanes come permuted.
+// --- sixteen places of one column -----------------------------------------------------------------------------------
+
+// Lane l holds steps 4·group_of(l) ... + 3 of 64 that follow each other. The 64 elements are transposed in quads that
+// never leave their register, so the lanes come permuted.
 
 template <class T>
 constexpr int group_of(int lane) {

@@ -149,7 +149,7 @@ template <class T>
 PF_INLINE bool any(const Mask<T>& m) {
   typename Registers<T>::Bits all = m.r[0];
   _Pragma("GCC unroll 8") for (int i = 1; i < Registers<T>::kCount; ++i) all |= m.r[i];
-  typename Ints<T>::type bits = 0;
+  IntOf<T> bits = 0;
   _Pragma("GCC unroll 16") for (int i = 0; i < Registers<T>::kPer; ++i) bits |= all[i];
   return bits != 0;
 }

@@ -9,6 +9,7 @@ namespace PF_ISA {
 template <class T>
 constexpr int kInStep = Registers<T>::kCount >= 4 ? 1 : 4 / Registers<T>::kCount;
 
+// The loop over a Wide<T, N>'s vectors, where N is known.
 #define PF_IN_STEP(k) _Pragma("GCC unroll 8") for (int k = 0; k < N; ++k)
 
 template <class T, int N>

@@ -85,7 +85,7 @@ template <class T>
 struct DiscountedReturns {
   static constexpr bool kValues = false, kRatios = false, kAhead = true;
   static constexpr int kOutputs = 1;
-  static constexpr bool kPlainToo = false;  // has a version of its own without truncation and masks
+  static constexpr bool kPlainToo = false;
 
   static PF_FN double decay(double gamma, double) { return gamma; }
   template <class V, class M>
@@ -104,7 +104,7 @@ template <class T>
 struct Vtrace {
   static constexpr bool kValues = true, kRatios = true, kAhead = false;
   static constexpr int kOutputs = 2;
-  static constexpr bool kPlainToo = false;  // has a version of its own without truncation and masks
+  static constexpr bool kPlainToo = false;
   T rho_clip, c_clip;
 
   static PF_FN double decay(double, double lam) { return lam; }

@@ -1,6 +1,6 @@
-// exp, log and friends for scalars and for vectors, written once with + - * /, fused multiply-add and select, so that a
-// value has the same bits in every lane, on every instruction set. Error bounds are those that tests/test_math.py
-// measures.
+// exp, log and friends for any V that has the operations of csrc/cpu/vec.h, written once with + - * /, fused
+// multiply-add and select, so that a value has the same bits in every lane, on every instruction set. Error bounds are
+// those that tests/test_math.py measures.
 #pragma once
 #include "number.h"
 

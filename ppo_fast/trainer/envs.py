@@ -49,7 +49,8 @@ class ReplayEnv(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         if self._restore is not None:
-            return self._replay()
+            (episode, actions), self._restore = self._restore, None
+            return self._replay(episode, actions)
         # an array may be the caller's buffer, and some environments scale it in place
         self._actions.append(action.copy() if isinstance(action, np.ndarray) else action)
         return self.env.step(action)
@@ -66,10 +67,7 @@ class ReplayEnv(gym.Wrapper):
         """
         self._restore = states[self._index]
 
-    def _replay(self) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        assert self._restore is not None
-        episode, actions = self._restore
-        self._restore = None
+    def _replay(self, episode: int, actions: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self._episode = episode - 1
         obs, info = self.reset()
         transition = obs, 0.0, False, False, info
