@@ -51,7 +51,7 @@ def commit() -> str:
 
 def facts() -> dict[str, str]:
     """Columns that every row of the CSV repeats."""
-    c = _backend._C
+    c = None if _backend._cpu is None else _backend._cpu.ops
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),

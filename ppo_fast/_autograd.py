@@ -21,6 +21,10 @@ class Call(Protocol):
         """The gradients once more, for a second backward over a retained graph."""
         ...
 
+    def scale(self, grads: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
+        """`grads` times `grad_loss`, in their own memory."""
+        ...
+
     def specification(self, *inputs: Tensor | None) -> Tensor:
         """The differentiable formula of the loss, for double backward."""
         ...
@@ -45,12 +49,10 @@ class _Precomputed(torch.autograd.Function):
         grads, call.grads = call.grads, None
         if grads is None:
             grads = call.recompute(inputs)
-        if grad_loss.item() != 1.0:
-            grads = [None if g is None else g.mul_(grad_loss) for g in grads]
-        return (None, *grads)
+        return (None, *call.scale(grads, grad_loss))
 
 
-# Function.apply without its search for functorch's wrappers, which takes_kernel has ruled out: a tenth of the forward.
+# Function.apply without its search for functorch's wrappers, which _backend.pick has ruled out: a tenth of the forward.
 _apply = super(torch.autograd.Function, _Precomputed).apply
 
 

@@ -1,6 +1,7 @@
 """Large results in memory that earlier results have left. From some size on the system's allocator gives pages back when a
 result is freed and maps fresh ones for the next: writing to those costs several times what the kernel does. So the last few
-such blocks are kept, as the caching allocator of a GPU does, and used again once nothing refers to them any more.
+such blocks are kept, as the caching allocator of a GPU does, and used again once nothing refers to them any more. What lies
+on another device is torch's own affair.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ _references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and contiguous, in the shape of `x`, on the CPU."""
+    """Uninitialised and contiguous, in the shape and on the device of `x`."""
     if dtype is None:
         dtype = x.dtype
     if x.dtype is dtype and x.nbytes < _LEAST and x.is_contiguous():
         return torch.empty_like(x)
-    return empty(x.shape, dtype)
+    return empty(x.shape, dtype, x.device)
 
 
-def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Uninitialised and contiguous, on the CPU."""
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised and contiguous."""
     size = shape.numel() * dtype.itemsize
-    if size < _LEAST or size > _MOST or KEPT == 0 or _references is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+    if size < _LEAST or size > _MOST or KEPT == 0 or _references is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         block = _take(size, _references)
         return torch.empty(0, dtype=dtype, device="cpu").set_(block, 0, shape)  # type: ignore[call-overload]

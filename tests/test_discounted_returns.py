@@ -52,7 +52,7 @@ def test_same_bits_everywhere(shape):
     r, done, last = torch.randn(shape), torch.rand(shape) < 0.05, torch.randn(shape[1])
     expected = pf.discounted_returns(r, last, terminated=done)
     for isa in ISAS:
-        pf._backend._C.set_isa(isa)
+        pf._C.set_isa(isa)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert torch.equal(pf.discounted_returns(r, last, terminated=done), expected)

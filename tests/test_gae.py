@@ -80,7 +80,7 @@ def test_same_bits_everywhere(shape, dtype):
     case |= {"truncated": torch.rand(shape) < 0.05, "final_values": torch.randn(shape, dtype=dtype)}
     expected = pf.gae(**case)
     for isa in ISAS:
-        pf._backend._C.set_isa(isa)
+        pf._C.set_isa(isa)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert same(pf.gae(**case), expected), (isa, threads)

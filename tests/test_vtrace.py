@@ -83,7 +83,7 @@ def test_same_bits_everywhere(shape):
     case = rollout(*shape)
     expected = pf.vtrace(**case)
     for isa in ISAS:
-        pf._backend._C.set_isa(isa)
+        pf._C.set_isa(isa)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert same(pf.vtrace(**case), expected), isa

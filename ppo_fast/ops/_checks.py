@@ -10,14 +10,18 @@ from .._autograd import differentiable
 from ._loss import compute_dtype, constants
 
 __all__ = [
-    "compute_dtype", "constants", "detached_gradients", "gradients_by_reference", "needs_grad", "same_shape",
-    "takes_kernel",
+    "compute_dtype", "constants", "detached_gradients", "floating", "gradients_by_reference", "needs_grad", "pick",
+    "same_device", "same_shape",
 ]  # fmt: skip
 
 
-def takes_kernel(op: str, *inputs: Tensor | None) -> bool:
-    """Whether the kernels run the call: not if any of its tensors is one that only torch understands."""
-    return all([_backend.takes_kernel(op, x) for x in inputs if x is not None])
+def pick(op: str, first: Tensor, *others: Tensor | None) -> _backend.Backend | None:
+    """Whose kernels run the call: nobody's if any of its tensors is one that only torch understands."""
+    backend = _backend.pick(op, first)
+    for x in others:
+        if x is not None and not _backend.is_plain(op, x):
+            return None
+    return backend
 
 
 def needs_grad(*inputs: Tensor) -> bool:
@@ -25,7 +29,7 @@ def needs_grad(*inputs: Tensor) -> bool:
 
 
 def same_shape(op: str, shape: torch.Size, like: str, **tensors: Tensor | None) -> None:
-    """For the reference, what the bindings check for the kernels."""
+    """This and the next two, for the reference and for Triton: what the C++ bindings check for their kernels."""
     for name, x in tensors.items():
         if x is None:
             continue
@@ -33,6 +37,19 @@ def same_shape(op: str, shape: torch.Size, like: str, **tensors: Tensor | None) 
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
         if x.shape != shape:
             raise ValueError(f"{op}: {name} must be {like} = {list(shape)}, got {list(x.shape)}")
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            wanted = "float32, float64, bfloat16 or float16"
+            raise TypeError(f"{op}: {name} must be {wanted}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != first.device:
+            raise TypeError(f"{op}: {name} must be on {first.device} as the rest, got {x.device}")
 
 
 def gradients_by_reference(function, inputs, grad_outputs) -> list[Tensor | None]:

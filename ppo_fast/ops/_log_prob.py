@@ -16,8 +16,8 @@ class LogProbOp:
     """(log_prob, entropy or None) of `inputs`, which get gradients, and `constants`, which do not.
 
     A subclass sets `name` and the schemas of its arguments, and defines
-        forward(*inputs, *constants, *options, entropy) -> (log_prob, entropy or None, saved or None)
-        backward(needs, *inputs, *constants, *options, saved, d_log_prob, d_entropy) -> one gradient per input
+        forward(backend, *inputs, *constants, *options, entropy) -> (log_prob, entropy or None, saved or None)
+        backward(backend, needs, *inputs, *constants, *options, saved, d_log_prob, d_entropy) -> one gradient per input
         reference(*inputs, *constants, *options, entropy) -> (log_prob, entropy or None)
         saved_shape(*inputs, *constants, *options) -> shape of `saved`
     """
@@ -58,7 +58,7 @@ class LogProbOp:
     def saved_shape(self, *args):
         return (0,)
 
-    def check(self, *tensors: Tensor | None) -> None:
+    def check(self, *arguments: Any) -> None:
         """For the reference, what the bindings check for the kernels."""
 
     def __call__(self, tensors: tuple[Any, ...], options: tuple, entropy: bool):
@@ -69,18 +69,23 @@ class LogProbOp:
                 return self.reference(*tensors, *options, entropy)
             log_prob, h, _ = self.registered(*tensors, *options, entropy)
             return log_prob, h if entropy else None
-        if not _checks.takes_kernel(self.name, *tensors):
-            self.check(*tensors)
+        backend = _checks.pick(self.name, *tensors)
+        if backend is None or not backend.checks:
+            self.check(*tensors, *options)
+        if backend is None:
             return self.reference(*tensors, *options, entropy)
         if not _checks.needs_grad(*inputs):
-            return self.forward(*tensors, *options, entropy)[:2]
-        return _Function.apply(self, options, entropy, *tensors)
+            return self.forward(backend, *tensors, *options, entropy)[:2]
+        return _Function.apply(self, backend, options, entropy, *tensors)
 
     # --- under torch.compile ------------------------------------------------------------------------------------------
 
     def _kernel(self, *args):
-        if _checks.takes_kernel(self.name, *args[: self.n_tensors]):
-            log_prob, h, saved = self.forward(*args)
+        backend = _checks.pick(self.name, *args[: self.n_tensors])
+        if backend is not None:
+            if not backend.checks:
+                self.check(*args[:-1])
+            log_prob, h, saved = self.forward(backend, *args)
         else:
             log_prob, h = self.reference(*args)
             h = h.clone() if h is not None else h  # outputs of an op must not share memory
@@ -99,8 +104,9 @@ class LogProbOp:
         *args, entropy, saved, d_log_prob, d_entropy = args
         grads = (d_log_prob, d_entropy if entropy else None)
         tensors = args[: self.n_tensors]
-        if _checks.takes_kernel(self.name, *tensors):
-            found = self.backward((True,) * self.n_inputs, *args, saved, *grads)
+        backend = _checks.pick(self.name, *tensors)
+        if backend is not None:
+            found = self.backward(backend, (True,) * self.n_inputs, *args, saved, *grads)
         else:
             rest = args[self.n_inputs :]
             found = _checks.detached_gradients(
@@ -128,10 +134,10 @@ class _Function(torch.autograd.Function):
     """The second door."""
 
     @staticmethod
-    def forward(ctx, op, options, entropy, *tensors):
-        log_prob, h, saved = op.forward(*tensors, *options, entropy)
+    def forward(ctx, op, backend, options, entropy, *tensors):
+        log_prob, h, saved = op.forward(backend, *tensors, *options, entropy)
         ctx.save_for_backward(*tensors, saved)
-        ctx.op, ctx.options, ctx.entropy = op, options, entropy
+        ctx.op, ctx.backend, ctx.options, ctx.entropy = op, backend, options, entropy
         ctx.set_materialize_grads(False)
         return log_prob, h
 
@@ -148,14 +154,15 @@ class _Function(torch.autograd.Function):
                 lambda *inputs: op.reference(*inputs, *rest, *options, entropy), tensors[:n], grads
             )
         else:
-            found = op.backward(ctx.needs_input_grad[3 : 3 + n], *tensors, *options, saved, *grads)
-        return None, None, None, *found, *([None] * len(op.constants))
+            found = op.backward(ctx.backend, ctx.needs_input_grad[4 : 4 + n], *tensors, *options, saved, *grads)
+        return None, None, None, None, *found, *([None] * len(op.constants))
 
 
-def empty_results(lead: torch.Size, entropy: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """log_prob and entropy, for a kernel to fill."""
-    dtype = _checks.compute_dtype(*tensors)
-    return _memory.empty(lead, dtype), _memory.empty(lead, dtype) if entropy else None
+def empty_results(entropy: bool, like: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """log_prob and entropy, one number per row of `like`, for a kernel to fill."""
+    dtype, lead = _checks.compute_dtype(like, *others), like.shape[:-1]
+    log_prob = _memory.empty(lead, dtype, like.device)
+    return log_prob, _memory.empty(lead, dtype, like.device) if entropy else None
 
 
 def empty_gradient(x: Tensor, needed: bool = True) -> Tensor | None:

@@ -27,13 +27,14 @@ _ROLLOUT_SCHEMA = (
 class Loss:
     """One loss op.
 
-    fill(params, inputs, needed, extra, rollout) -> loss, statistics and a list of the inputs' gradients, by the kernel
+    fill(backend, params, inputs, needed, extra, rollout) -> loss, statistics and a list of the inputs' gradients, by the kernel
     specify(config, inputs, extra, stored, cu_seqlens, denominator) -> PPOLoss, by the reference
     `inputs` and `extra` are schemas of what comes before the rollout, with and without gradient.
     """
 
     def __init__(self, name: str, like: str, inputs: str, extra: str, fill: Callable, specify: Callable) -> None:
         self.name, self.like, self.fill, self.specify = name, like, fill, specify
+        self.names = [argument.split()[-1] for argument in f"{inputs}, {extra}".strip(", ").split(", ")]
         self.n_inputs = inputs.count("Tensor")
         self.n_extra = extra.count(",") + 1 if extra else 0
         arguments = ", ".join(filter(None, [inputs, extra, _ROLLOUT_SCHEMA, _library.CONFIG_SCHEMA]))
@@ -61,8 +62,11 @@ class Loss:
             check_denominator(self.name, denominator)
         first = inputs[0]
         compiling = torch.compiler.is_compiling()
-        if not (_backend.compiles_kernel(first) if compiling else _backend.takes_kernel(self.name, first)):
-            self._check_streams(shape, config, inputs, stored, index)
+        backend = None if compiling else _backend.pick(self.name, first)
+        kernel = _backend.compiles_kernel(first) if compiling else backend is not None
+        if not kernel or (backend is not None and not backend.checks):
+            self._check_streams(shape, config, inputs, extra, stored, index)
+        if not kernel:
             return self.specify(config, inputs, extra, stored, cu_seqlens, denominator)
         rollout = weighting(self.name, config, shape, first, stored, denominator, cu_seqlens, index)
         if compiling:
@@ -70,16 +74,27 @@ class Loss:
             return PPOLoss(loss, Stats(stats))
         with_grad = torch.is_grad_enabled()
         needed = [with_grad and x is not None and x.requires_grad for x in inputs]
-        loss, stats, grads = self.fill(packed(config), inputs, needed, extra, rollout)
+        assert backend is not None
+        loss, stats, grads = self.fill(backend, packed(config, backend), inputs, needed, extra, rollout)
         if True in needed:
             loss = attach(
-                _Call(self, loss, grads, needed, config, extra, rollout, stored, cu_seqlens, denominator), inputs
+                _Call(self, loss, grads, backend, needed, config, extra, rollout, stored, cu_seqlens, denominator),
+                inputs,
             )
         return PPOLoss(loss, Stats(stats))
 
-    def _check_streams(self, shape, config, inputs, rollout, index) -> None:
-        """For the reference, what the bindings check for the kernels."""
+    def _check_streams(self, shape, config, inputs, extra, rollout, index) -> None:
+        """For the reference and for Triton, what the bindings check for their kernels."""
         streams = dict(zip(ROLLOUT, rollout, strict=True))
+        params = dict(zip(self.names, (*inputs, *extra), strict=True))
+        for name, x in {**params, **streams}.items():
+            if isinstance(x, Tensor) and x.device != inputs[0].device:
+                raise TypeError(f"{self.name}: {name} must be on {inputs[0].device} as the rest, got {x.device}")
+        for name in self.names[: self.n_inputs]:
+            x = params[name]
+            if x is not None and not x.is_floating_point():
+                wanted = "float32, float64, bfloat16 or float16"
+                raise TypeError(f"{self.name}: {name} must be {wanted}, got {str(x.dtype)[6:]}")
         stored = None if index is None else rollout[0].numel()
         for name, x in streams.items():
             if x is None and name not in ("old_log_prob", "advantages"):
@@ -114,9 +129,17 @@ class Loss:
         inputs, extra, rest = self._split(args)
         n_config = 1 + len(_library.CHOICES)
         numbers, *choices = rest[-n_config:]
-        params = packed(LossConfig.unpacked(numbers.tolist(), choices))
+        backend = _backend.pick(self.name, inputs[0])
+        if backend is None:
+            raise RuntimeError(f"{self.name}: compiled for kernels that take no tensor on {inputs[0].device} any more")
+        config = LossConfig.unpacked(numbers.tolist(), choices)
+        if not backend.checks:
+            shape = inputs[0].shape if self.name == "ppo_loss" else inputs[0].shape[:-1]
+            index = dict(zip(self.names[self.n_inputs :], extra, strict=True)).get("index")
+            self._check_streams(shape, config, inputs, extra, rest[: len(ROLLOUT)], index)
+        params = packed(config, backend)
         needed = [x is not None for x in inputs]
-        loss, stats, grads = self.fill(params, inputs, needed, extra, rest[:-n_config])
+        loss, stats, grads = self.fill(backend, params, inputs, needed, extra, rest[:-n_config])
         return loss, stats, *(_library.placeholder(inputs[0]) if g is None else g for g in grads)
 
     def _fake(self, *args):
@@ -148,20 +171,28 @@ class _Call:
         self.loss, self.grads, self.args = loss, grads, (op, *args)
 
     def recompute(self, inputs):
-        op, needed, config, extra, rollout, *_ = self.args
-        return op.fill(packed(config), inputs, needed, extra, rollout)[2]
+        op, backend, needed, config, extra, rollout, *_ = self.args
+        return op.fill(backend, packed(config, backend), inputs, needed, extra, rollout)[2]
+
+    def scale(self, grads, grad_loss):
+        if grad_loss.is_cpu:
+            if grad_loss.item() == 1.0:
+                return grads
+            return [None if g is None else g.mul_(grad_loss) for g in grads]
+        self.args[1].ops.scale(grad_loss, *[g for g in grads if g is not None])  # looks at grad_loss on the device
+        return grads
 
     def specification(self, *inputs):
-        op, _, config, extra, _, stored, cu_seqlens, denominator = self.args
+        op, _, _, config, extra, _, stored, cu_seqlens, denominator = self.args
         return op.specify(config, inputs, extra, stored, cu_seqlens, denominator).loss
 
 
-def packed(config: LossConfig):
-    """The config as C++ has it, made once."""
-    params = config.__dict__.get("_packed")
-    if params is None:
-        params = config.__dict__["_packed"] = _backend._C.LossParams(config.numbers(), config.choices())
-    return params
+def packed(config: LossConfig, backend: _backend.Backend):
+    """The config as the backend has it, made once."""
+    kept = config.__dict__.get("_packed")
+    if kept is None or kept[0] is not backend:
+        kept = config.__dict__["_packed"] = backend, backend.ops.LossParams(config.numbers(), config.choices())
+    return kept[1]
 
 
 def check_config(op: str, config: LossConfig | None) -> LossConfig:
@@ -194,7 +225,7 @@ def taken(op: str, stored: Tensor, index: Tensor) -> Tensor:
     if index.is_floating_point() or index.dtype == torch.bool:
         raise TypeError(f"{op}: index must be an integer type, got {str(index.dtype)[6:]}")
     n = stored.numel()
-    if not torch.compiler.is_compiling() and index.numel() > 0:
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel() > 0:
         least, most = index.min().item(), index.max().item()
         if least < 0 or most >= n:
             worst = least if least < 0 else most

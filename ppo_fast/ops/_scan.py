@@ -112,12 +112,17 @@ def check(
     if last_values is not None:
         _floating(op, "last_values", last_values)
         per_row("last_values", last_values)
+    final = dict(zip(("final_values[0]", "final_values[1]"), final_values, strict=True)) if isinstance(
+        final_values, tuple) else {"final_values": final_values}  # fmt: skip
+    for name, x in {**streams, **flags, **rates, **final, "last_values": last_values, "cu_seqlens": cu_seqlens}.items():
+        if isinstance(x, Tensor) and x.device != rewards.device:
+            raise TypeError(f"{op}: {name} must be on {rewards.device} as rewards, got {x.device}")
     for name, x in rates.items():
         if isinstance(x, Tensor):
             _floating(op, name, x)
             if x.ndim:
                 per_row(name, x)
-            if x.device.type == "cpu" and type(x) in _backend._PLAIN and _backend._peek_functorch() is None:
+            if _may_look(x) and type(x) in _backend._PLAIN and _backend._peek_functorch() is None:
                 wrong = ~((x >= 0) & (x <= 1)).reshape(-1)
                 if bool(wrong.any()):
                     at = int(wrong.nonzero()[0])
@@ -127,6 +132,11 @@ def check(
     for name, clip in clips.items():
         if not _number(op, name, clip) > 0.0:
             raise ValueError(f"{op}: {name} must be > 0, got {clip:g}")
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether reading what `x` holds makes nobody wait: on a GPU nothing is checked that is only known there."""
+    return x.device.type == "cpu"
 
 
 def _tensor(op: str, name: str, x: Tensor) -> None:
@@ -157,6 +167,8 @@ def _sequences(op: str, rewards: Tensor, cu_seqlens: Tensor) -> int:
         raise ValueError(f"{op}: rewards must be packed, [M], with cu_seqlens, got {list(rewards.shape)}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"{op}: cu_seqlens must be [S + 1], got {list(cu_seqlens.shape)}")
+    if not _may_look(cu_seqlens):
+        return len(cu_seqlens) - 1
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != len(rewards):
         raise ValueError(f"{op}: cu_seqlens must go from 0 to M = {len(rewards)}, got {bounds[0]} to {bounds[-1]}")
@@ -181,6 +193,8 @@ def _sparse(op: str, rewards: Tensor, flags: dict[str, Tensor | None], pair: tup
         raise ValueError(f"{op}: final_values[0] must be [K], got {list(index.shape)}")
     if value.shape != index.shape:
         raise ValueError(f"{op}: final_values[1] must be [K] = {list(index.shape)}, got {list(value.shape)}")
+    if not _may_look(index):
+        return
     outside = (index < 0) | (index >= rewards.numel())
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
@@ -201,6 +215,17 @@ def _sparse(op: str, rewards: Tensor, flags: dict[str, Tensor | None], pair: tup
             f"{op}: final_values must have an entry for every truncated step, got none for flat index "
             f"{int(needed.nonzero()[0])}"
         )
+
+
+def final_grid(backend: _backend.Backend, final_values: Final, rewards: Tensor) -> Final:
+    """Final values as the backend takes them: on a GPU sparse ones become a grid, NaN where there is none, and nobody
+    waits to see whether one is missing."""
+    if not isinstance(final_values, tuple) or backend.name == "cpu":
+        return final_values
+    index, value = final_values
+    grid = torch.full_like(rewards, math.nan, dtype=value.dtype, memory_format=torch.contiguous_format)
+    grid.view(-1).index_put_((index.long(),), value)
+    return grid
 
 
 # --- more than two dimensions ------------------------------------------------------------------------------------------

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from . import _checks
 from ._log_prob import LogProbOp, empty_gradient, empty_results
 
@@ -43,21 +42,21 @@ class _Bernoulli(LogProbOp):
     options = ""
 
     def check(self, logits, actions):
+        _checks.floating(self.name, logits=logits)
+        _checks.same_device(self.name, logits, actions=actions)
         _checks.same_shape(self.name, logits.shape, "the shape of logits", actions=actions)
 
     def reference(self, logits, actions, entropy):
         return reference.bernoulli_log_prob(logits, actions, entropy=entropy)
 
-    def forward(self, logits, actions, entropy):
-        log_prob, h = empty_results(logits.shape[:-1], entropy, logits)
-        _backend._C.bernoulli_log_prob(logits, actions, log_prob, h, torch.get_num_threads())
+    def forward(self, backend, logits, actions, entropy):
+        log_prob, h = empty_results(entropy, logits)
+        backend.ops.bernoulli_log_prob(logits, actions, log_prob, h, backend.resources())
         return log_prob, h, None
 
-    def backward(self, needs, logits, actions, saved, d_log_prob, d_entropy):
+    def backward(self, backend, needs, logits, actions, saved, d_log_prob, d_entropy):
         d_logits = empty_gradient(logits)
-        _backend._C.bernoulli_log_prob_backward(
-            logits, actions, d_log_prob, d_entropy, d_logits, torch.get_num_threads()
-        )
+        backend.ops.bernoulli_log_prob_backward(logits, actions, d_log_prob, d_entropy, d_logits, backend.resources())
         return (d_logits,)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from . import _checks
 from ._log_prob import LogProbOp, empty_gradient, empty_results
 
@@ -48,21 +47,23 @@ class _Beta(LogProbOp):
     constants = ("actions",)
     options = "float low, float high"
 
-    def check(self, alpha, beta, actions):
+    def check(self, alpha, beta, actions, low, high):
+        _checks.floating(self.name, alpha=alpha, beta=beta, actions=actions)
+        _checks.same_device(self.name, alpha, beta=beta, actions=actions)
         _checks.same_shape(self.name, alpha.shape, "the shape of alpha", beta=beta, actions=actions)
 
     def reference(self, alpha, beta, actions, low, high, entropy):
         return reference.beta_log_prob(alpha, beta, actions, low=low, high=high, entropy=entropy)
 
-    def forward(self, alpha, beta, actions, low, high, entropy):
-        log_prob, h = empty_results(alpha.shape[:-1], entropy, alpha, beta, actions)
-        _backend._C.beta_log_prob(alpha, beta, actions, low, high, log_prob, h, torch.get_num_threads())
+    def forward(self, backend, alpha, beta, actions, low, high, entropy):
+        log_prob, h = empty_results(entropy, alpha, beta, actions)
+        backend.ops.beta_log_prob(alpha, beta, actions, low, high, log_prob, h, backend.resources())
         return log_prob, h, None
 
-    def backward(self, needs, alpha, beta, actions, low, high, saved, d_log_prob, d_entropy):
+    def backward(self, backend, needs, alpha, beta, actions, low, high, saved, d_log_prob, d_entropy):
         grads = (empty_gradient(alpha, needs[0]), empty_gradient(beta, needs[1]))
-        _backend._C.beta_log_prob_backward(
-            alpha, beta, actions, low, high, d_log_prob, d_entropy, *grads, torch.get_num_threads()
+        backend.ops.beta_log_prob_backward(
+            alpha, beta, actions, low, high, d_log_prob, d_entropy, *grads, backend.resources()
         )
         return grads
 

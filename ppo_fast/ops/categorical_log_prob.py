@@ -65,14 +65,16 @@ def categorical_log_prob(
             return _reference(logits, actions, *options, entropy)
         log_prob, h, _ = _op(logits, actions, *options, entropy)
         return log_prob, h if entropy else None
-    if not _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
-        _check_shapes(logits, actions, action_mask)
+    backend = _checks.pick(_OP, logits, actions, action_mask, rows)
+    if backend is None or not backend.checks:
+        _check(logits, actions, action_mask, rows)
+    if backend is None:
         return _reference(logits, actions, *options, entropy)
     if not _checks.needs_grad(logits):
-        return _forward(logits, actions, *options, entropy)[:2]
+        return _forward(backend, logits, actions, *options, entropy)[:2]
     if inplace_backward:
-        _check_inplace(logits)
-    return _Function.apply(logits, actions, *options, entropy, inplace_backward)
+        _check_inplace(backend, logits)
+    return _Function.apply(backend, logits, actions, *options, entropy, inplace_backward)
 
 
 def _temperature(temperature: float | Tensor, logits: Tensor, actions: Tensor) -> tuple[float, Tensor | None]:
@@ -84,18 +86,20 @@ def _temperature(temperature: float | Tensor, logits: Tensor, actions: Tensor) -
     return float(temperature), None
 
 
-def _check_shapes(logits: Tensor, actions: Tensor, action_mask: Tensor | None) -> None:
-    _checks.same_shape(_OP, logits.shape[:-1], "the shape of the rows", actions=actions)
+def _check(logits: Tensor, actions: Tensor, action_mask: Tensor | None, rows: Tensor | None) -> None:
+    _checks.floating(_OP, logits=logits, temperature=rows)
+    _checks.same_device(_OP, logits, actions=actions, action_mask=action_mask, temperature=rows)
+    _checks.same_shape(_OP, logits.shape[:-1], "the shape of the rows", actions=actions, temperature=rows)
     _checks.same_shape(_OP, logits.shape, "the shape of logits", action_mask=action_mask)
 
 
-def _check_inplace(logits: Tensor) -> None:
+def _check_inplace(backend: _backend.Backend, logits: Tensor) -> None:
     base = logits if logits._base is None else logits._base
     if logits.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError(
             f"{_OP}: inplace_backward must not be used on a leaf that requires a gradient, or a view of one"
         )
-    if _backend._C.has_overlap(logits.detach()):
+    if backend.ops.has_overlap(logits.detach()):
         raise ValueError(f"{_OP}: inplace_backward must not be used on logits whose elements share memory")
 
 
@@ -106,30 +110,33 @@ def _reference(logits, actions, action_mask, rows, temperature, ignore_index, en
     )  # fmt: skip
 
 
-def _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
+def _forward(backend, logits, actions, action_mask, rows, temperature, ignore_index, entropy):
     """(log_prob, entropy or None, what the backward needs)."""
     dtype, lead = _checks.compute_dtype(logits), logits.shape[:-1]
-    log_prob = _memory.empty(lead, dtype)
-    h = _memory.empty(lead, dtype) if entropy else None
-    saved = _memory.empty(torch.Size((2, log_prob.numel())), dtype)
-    _backend._C.categorical_log_prob(
-        logits, actions, action_mask, rows, temperature, ignore_index, log_prob, h, saved, torch.get_num_threads()
+    log_prob = _memory.empty(lead, dtype, logits.device)
+    h = _memory.empty(lead, dtype, logits.device) if entropy else None
+    saved = _memory.empty(torch.Size((2, log_prob.numel())), dtype, logits.device)
+    backend.ops.categorical_log_prob(
+        logits, actions, action_mask, rows, temperature, ignore_index, log_prob, h, saved, backend.resources()
     )
     return log_prob, h, saved
 
 
-def _backward(logits, actions, action_mask, rows, temperature, entropy, saved, d_log_prob, d_entropy, d_logits):
-    _backend._C.categorical_log_prob_backward(
+def _backward(
+    backend, logits, actions, action_mask, rows, temperature, entropy, saved, d_log_prob, d_entropy, d_logits
+):
+    backend.ops.categorical_log_prob_backward(
         logits, actions, action_mask, rows, temperature, entropy, saved, d_log_prob, d_entropy, d_logits,
-        torch.get_num_threads(),
+        backend.resources(),
     )  # fmt: skip
     return d_logits
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, actions, action_mask, rows, temperature, ignore_index, entropy, inplace):
-        log_prob, h, saved = _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+    def forward(ctx, backend, logits, actions, action_mask, rows, temperature, ignore_index, entropy, inplace):
+        ctx.backend = backend
+        log_prob, h, saved = _forward(backend, logits, actions, action_mask, rows, temperature, ignore_index, entropy)
         ctx.save_for_backward(logits, actions, action_mask, rows, h, saved)
         ctx.options = (temperature, ignore_index, entropy, inplace)
         ctx.set_materialize_grads(False)
@@ -141,28 +148,33 @@ class _Function(torch.autograd.Function):
         temperature, ignore_index, entropy, inplace = ctx.options
         rest = (None,) * 7
         if d_log_prob is None and d_entropy is None:
-            return None, *rest
+            return None, None, *rest
         if torch.is_grad_enabled():  # create_graph: only the reference can be differentiated once more
 
             def specification(logits):
                 return _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
 
-            return *_checks.gradients_by_reference(specification, (logits,), (d_log_prob, d_entropy)), *rest
+            return None, *_checks.gradients_by_reference(specification, (logits,), (d_log_prob, d_entropy)), *rest
         if inplace:
             d_logits = logits.detach()
             torch.autograd.graph.increment_version(logits)
         else:
             d_logits = _memory.empty_like(logits)
-        _backward(logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits)
-        return d_logits, *rest
+        _backward(
+            ctx.backend, logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits
+        )
+        return None, d_logits, *rest
 
 
 # --- under torch.compile ----------------------------------------------------------------------------------------------
 
 
 def _kernel(logits, actions, action_mask, rows, temperature, ignore_index, entropy):
-    if _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
-        log_prob, h, saved = _forward(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
+    backend = _checks.pick(_OP, logits, actions, action_mask, rows)
+    if backend is not None:
+        if not backend.checks:
+            _check(logits, actions, action_mask, rows)
+        log_prob, h, saved = _forward(backend, logits, actions, action_mask, rows, temperature, ignore_index, entropy)
     else:
         log_prob, h = _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)
         saved = log_prob.new_empty((2, log_prob.numel()))
@@ -179,10 +191,13 @@ def _fake(logits, actions, action_mask, rows, temperature, ignore_index, entropy
 def _backward_kernel(
     logits, actions, action_mask, rows, temperature, ignore_index, entropy, h, saved, d_log_prob, d_entropy
 ):
-    if _checks.takes_kernel(_OP, logits, actions, action_mask, rows):
+    backend = _checks.pick(_OP, logits, actions, action_mask, rows)
+    if backend is not None:
         d_logits = _memory.empty_like(logits)
         h, d_entropy = (h, d_entropy) if entropy else (None, None)
-        return _backward(logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits)
+        return _backward(
+            backend, logits, actions, action_mask, rows, temperature, h, saved, d_log_prob, d_entropy, d_logits
+        )
 
     def specification(logits):
         return _reference(logits, actions, action_mask, rows, temperature, ignore_index, entropy)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from ..config import LossConfig
 from ..outputs import PPOLoss
 from . import _loss
@@ -61,14 +60,14 @@ def categorical_ppo_loss(
     return _op((logits, values), extra, config, shape, stored, cu_seqlens, denominator, index)
 
 
-def _fill(params, inputs, needed, extra, rollout):
+def _fill(backend, params, inputs, needed, extra, rollout):
     old_log_prob, advantages, old_values, returns, *rest = rollout
     logits, values = inputs
     loss, stats = _loss.outputs(*inputs)
     grads = _loss.gradients(inputs, needed)
-    _backend._C.categorical_ppo_loss(
+    backend.ops.categorical_ppo_loss(
         params, logits, *extra, old_log_prob, advantages, values, old_values, returns, *rest, loss, stats, *grads,
-        torch.get_num_threads(),
+        backend.resources(),
     )  # fmt: skip
     return loss, stats, grads
 

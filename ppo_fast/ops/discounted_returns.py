@@ -56,13 +56,15 @@ def discounted_returns(
         if torch.compiler.is_compiling():
             return _op(*map(_scan.constant, (rewards, last_values, terminated, truncated)),
                        *_scan.split_final(final_values), mask, *_scan.split_rate(gamma), time_dim)  # fmt: skip
-        if _backend.takes_kernel("discounted_returns", rewards):
+        backend = _backend.pick("discounted_returns", rewards)
+        if backend is not None:
+            if rewards.ndim > 2 or not backend.checks:
+                _check(rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim)
             if rewards.ndim <= 2:
-                return _fill(rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim)
-            _check(rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim)
+                return _fill(backend, rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim)
             grid = _scan.Grids(rewards.shape, time_dim)
             return grid.back(
-                _fill(grid(rewards), grid.rows(last_values), grid(terminated), grid(truncated),
+                _fill(backend, grid(rewards), grid.rows(last_values), grid(terminated), grid(truncated),
                       grid.final(final_values), grid(mask), grid.rows(gamma), grid.time_dim)
             )  # fmt: skip
     if not torch.compiler.is_compiling():
@@ -74,11 +76,12 @@ def discounted_returns(
     return result if differentiable else result.detach()
 
 
-def _fill(rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim):
+def _fill(backend, rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim):
     double = _scan.is_double(rewards)
     returns = _scan.empty(rewards, double)
-    _backend._C.discounted_returns(rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim,
-                                   double, returns, torch.get_num_threads())  # fmt: skip
+    final_values = _scan.final_grid(backend, final_values, rewards)
+    backend.ops.discounted_returns(rewards, last_values, terminated, truncated, final_values, mask, gamma, time_dim,
+                                   double, returns, backend.resources())  # fmt: skip
     return returns
 
 

@@ -71,15 +71,17 @@ def gae(
             return _op(*map(_scan.constant, (rewards, values, last_values, terminated, truncated)),
                        *_scan.split_final(final_values), mask, mask_mode, cu_seqlens, *_scan.split_rate(gamma),
                        *_scan.split_rate(lam), time_dim)  # fmt: skip
-        if _backend.takes_kernel("gae", rewards):
+        backend = _backend.pick("gae", rewards)
+        if backend is not None:
+            if rewards.ndim > 2 or not backend.checks:
+                _check(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
+                       gamma, lam, time_dim)  # fmt: skip
             if rewards.ndim <= 2:
-                return _fill(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode,
+                return _fill(backend, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode,
                              cu_seqlens, gamma, lam, time_dim)  # fmt: skip
-            _check(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
-                   gamma, lam, time_dim)  # fmt: skip
             grid = _scan.Grids(rewards.shape, time_dim)
             advantages, returns = _fill(
-                grid(rewards), grid(values), grid.rows(last_values), grid(terminated), grid(truncated),
+                backend, grid(rewards), grid(values), grid.rows(last_values), grid(terminated), grid(truncated),
                 grid.final(final_values), grid(mask), mask_mode, None, grid.rows(gamma), grid.rows(lam), grid.time_dim,
             )  # fmt: skip
             return grid.back(advantages), grid.back(returns)
@@ -98,9 +100,13 @@ def _into(out, rewards, values, last_values, terminated, truncated, final_values
     if differentiable:
         raise ValueError("gae: out cannot be given with differentiable=True")
     _scan.check_out("gae", out, rewards, values, (last_values, terminated, truncated, mask))
-    if rewards.ndim <= 2 and not torch.compiler.is_compiling() and _backend.takes_kernel("gae", rewards):
+    backend = None if rewards.ndim > 2 or torch.compiler.is_compiling() else _backend.pick("gae", rewards)
+    if backend is not None:
+        if not backend.checks:
+            _check(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma,
+                   lam, time_dim)  # fmt: skip
         torch.autograd.graph.increment_version(out)
-        return _fill(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
+        return _fill(backend, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
                      gamma, lam, time_dim, out)  # fmt: skip
     fresh = gae(rewards, values, last_values, terminated=terminated, truncated=truncated, final_values=final_values,
                 mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam,
@@ -108,7 +114,7 @@ def _into(out, rewards, values, last_values, terminated, truncated, final_values
     return tuple(to.copy_(x) for to, x in zip(out, fresh, strict=True))
 
 
-def _fill(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
+def _fill(backend, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
           time_dim, out=None):  # fmt: skip
     double = _scan.is_double(rewards, values)
     if out is None:
@@ -116,8 +122,9 @@ def _fill(rewards, values, last_values, terminated, truncated, final_values, mas
         returns = _memory.empty_like(advantages)
     else:
         advantages, returns = out
-    _backend._C.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
-                    gamma, lam, time_dim, double, advantages, returns, torch.get_num_threads())  # fmt: skip
+    final_values = _scan.final_grid(backend, final_values, rewards)
+    backend.ops.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
+                    gamma, lam, time_dim, double, advantages, returns, backend.resources())  # fmt: skip
     return advantages, returns
 
 

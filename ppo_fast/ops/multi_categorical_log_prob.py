@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from . import _checks
 from ._log_prob import LogProbOp, empty_gradient, empty_results
 
@@ -50,8 +49,20 @@ class _MultiCategorical(LogProbOp):
     constants = ("actions", "action_mask?")
     options = "int[] nvec"
 
-    def check(self, logits, actions, action_mask):
+    def check(self, logits, actions, action_mask, nvec):
+        _checks.floating(self.name, logits=logits)
+        _checks.same_device(self.name, logits, actions=actions, action_mask=action_mask)
         _checks.same_shape(self.name, logits.shape, "the shape of logits", action_mask=action_mask)
+        if actions.shape[:-1] != logits.shape[:-1] or actions.ndim != logits.ndim:
+            wanted = f"[..., K] with the rows of logits {list(logits.shape)}"
+            raise ValueError(f"{self.name}: actions must be {wanted}, got {list(actions.shape)}")
+        if min(nvec, default=1) < 1:
+            raise ValueError(f"{self.name}: nvec must hold numbers >= 1, got {min(nvec)}")
+        if actions.shape[-1] != len(nvec) or logits.shape[-1] != sum(nvec):
+            raise ValueError(
+                f"{self.name}: nvec must have {actions.shape[-1]} entries, as actions has, that sum to "
+                f"{logits.shape[-1]}, as logits has, got {len(nvec)} that sum to {sum(nvec)}"
+            )
 
     def reference(self, logits, actions, action_mask, nvec, entropy):
         return reference.multi_categorical_log_prob(logits, actions, nvec, action_mask=action_mask, entropy=entropy)
@@ -59,18 +70,18 @@ class _MultiCategorical(LogProbOp):
     def saved_shape(self, logits, actions, action_mask, nvec):
         return (3, len(nvec), logits.shape[:-1].numel())
 
-    def forward(self, logits, actions, action_mask, nvec, entropy):
-        log_prob, h = empty_results(logits.shape[:-1], entropy, logits)
-        saved = torch.empty(self.saved_shape(logits, actions, action_mask, nvec), dtype=log_prob.dtype)
-        _backend._C.multi_categorical_log_prob(
-            logits, actions, action_mask, nvec, log_prob, h, saved, torch.get_num_threads()
+    def forward(self, backend, logits, actions, action_mask, nvec, entropy):
+        log_prob, h = empty_results(entropy, logits)
+        saved = log_prob.new_empty(self.saved_shape(logits, actions, action_mask, nvec))
+        backend.ops.multi_categorical_log_prob(
+            logits, actions, action_mask, nvec, log_prob, h, saved, backend.resources()
         )
         return log_prob, h, saved
 
-    def backward(self, needs, logits, actions, action_mask, nvec, saved, d_log_prob, d_entropy):
+    def backward(self, backend, needs, logits, actions, action_mask, nvec, saved, d_log_prob, d_entropy):
         d_logits = empty_gradient(logits)
-        _backend._C.multi_categorical_log_prob_backward(
-            logits, actions, action_mask, nvec, saved, d_log_prob, d_entropy, d_logits, torch.get_num_threads()
+        backend.ops.multi_categorical_log_prob_backward(
+            logits, actions, action_mask, nvec, saved, d_log_prob, d_entropy, d_logits, backend.resources()
         )
         return (d_logits,)
 

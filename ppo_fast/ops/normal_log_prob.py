@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from . import _checks
 from ._log_prob import LogProbOp, empty_gradient, empty_results
 
@@ -52,27 +51,29 @@ class _Normal(LogProbOp):
     constants = ("actions",)
     options = "bool squash"
 
-    def check(self, mean, log_std, actions):
+    def check(self, mean, log_std, actions, squash):
+        _checks.floating(self.name, mean=mean, log_std=log_std, actions=actions)
+        _checks.same_device(self.name, mean, log_std=log_std, actions=actions)
         _checks.same_shape(self.name, mean.shape, "the shape of mean", actions=actions)
 
     def reference(self, mean, log_std, actions, squash, entropy):
         return reference.normal_log_prob(mean, log_std, actions, squash=squash, entropy=entropy)
 
-    def forward(self, mean, log_std, actions, squash, entropy):
-        log_prob, h = empty_results(mean.shape[:-1], entropy, mean, log_std, actions)
-        _backend._C.normal_log_prob(mean, log_std, actions, squash, log_prob, h, torch.get_num_threads())
+    def forward(self, backend, mean, log_std, actions, squash, entropy):
+        log_prob, h = empty_results(entropy, mean, log_std, actions)
+        backend.ops.normal_log_prob(mean, log_std, actions, squash, log_prob, h, backend.resources())
         return log_prob, h, None
 
-    def backward(self, needs, mean, log_std, actions, squash, saved, d_log_prob, d_entropy):
+    def backward(self, backend, needs, mean, log_std, actions, squash, saved, d_log_prob, d_entropy):
         d_mean, d_log_std, width = empty_gradient(mean, needs[0]), None, mean.shape[-1]
         if needs[1] and log_std.shape == mean.shape:
             d_log_std = empty_gradient(log_std)
         elif needs[1] and log_std.numel() == width and log_std.ndim > 0 and log_std.shape[-1] == width:
-            d_log_std = torch.empty(width, dtype=log_std.dtype)
+            d_log_std = log_std.new_empty(width)
         elif needs[1]:  # neither one for all rows nor one for each: summed afterwards
-            d_log_std = torch.empty(mean.shape, dtype=_checks.compute_dtype(mean, log_std, actions))
-        _backend._C.normal_log_prob_backward(
-            mean, log_std, actions, squash, d_log_prob, d_entropy, d_mean, d_log_std, torch.get_num_threads()
+            d_log_std = mean.new_empty(mean.shape, dtype=_checks.compute_dtype(mean, log_std, actions))
+        backend.ops.normal_log_prob_backward(
+            mean, log_std, actions, squash, d_log_prob, d_entropy, d_mean, d_log_std, backend.resources()
         )
         if needs[1] and d_log_std.shape != log_std.shape:
             summed = d_log_std.numel() == log_std.numel()

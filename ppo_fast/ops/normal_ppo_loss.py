@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from ..config import LossConfig
 from ..outputs import PPOLoss
 from . import _loss
@@ -71,15 +70,15 @@ def normal_ppo_loss(
     return _op((mean, log_std, values), extra, config, shape, stored, cu_seqlens, denominator, index)
 
 
-def _fill(params, inputs, needed, extra, rollout):
+def _fill(backend, params, inputs, needed, extra, rollout):
     old_log_prob, advantages, old_values, returns, *rest = rollout
     mean, log_std, values = inputs
     actions, squash, index = extra
     loss, stats = _loss.outputs(*inputs)
     grads = _loss.gradients(inputs, needed)
-    _backend._C.normal_ppo_loss(
+    backend.ops.normal_ppo_loss(
         params, mean, log_std, actions, squash, index, old_log_prob, advantages, values, old_values, returns, *rest, loss,
-        stats, *grads, torch.get_num_threads(),
+        stats, *grads, backend.resources(),
     )  # fmt: skip
     return loss, stats, grads
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import reference
 from ..config import LossConfig
 from ..outputs import PPOLoss
 from . import _loss
@@ -65,14 +64,14 @@ def ppo_loss(
     return _op((log_prob, values, entropy), (), config, shape, stored, cu_seqlens, denominator)
 
 
-def _fill(params, inputs, needed, extra, rollout):
+def _fill(backend, params, inputs, needed, extra, rollout):
     old_log_prob, advantages, old_values, returns, *rest = rollout
     log_prob, values, entropy = inputs
     loss, stats = _loss.outputs(*inputs)
     grads = _loss.gradients(inputs, needed)
-    _backend._C.ppo_loss(
+    backend.ops.ppo_loss(
         params, log_prob, old_log_prob, advantages, values, old_values, returns, entropy, *rest, loss, stats, *grads,
-        torch.get_num_threads(),
+        backend.resources(),
     )  # fmt: skip
     return loss, stats, grads
 

@@ -68,15 +68,17 @@ def vtrace(
             return _op(*map(_scan.constant, (log_rhos, rewards, values, last_values, terminated, truncated)),
                        *_scan.split_final(final_values), mask, *_scan.split_rate(gamma), *_scan.split_rate(lam),
                        rho_clip, c_clip, time_dim)  # fmt: skip
-        if _backend.takes_kernel("vtrace", rewards):
+        backend = _backend.pick("vtrace", rewards)
+        if backend is not None:
+            if rewards.ndim > 2 or not backend.checks:
+                _check(log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma, lam,
+                       rho_clip, c_clip, time_dim)  # fmt: skip
             if rewards.ndim <= 2:
-                return _fill(log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma,
+                return _fill(backend, log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma,
                              lam, rho_clip, c_clip, time_dim)  # fmt: skip
-            _check(log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma, lam,
-                   rho_clip, c_clip, time_dim)  # fmt: skip
             grid = _scan.Grids(rewards.shape, time_dim)
             targets, advantages = _fill(
-                grid(log_rhos), grid(rewards), grid(values), grid.rows(last_values), grid(terminated), grid(truncated),
+                backend, grid(log_rhos), grid(rewards), grid(values), grid.rows(last_values), grid(terminated), grid(truncated),
                 grid.final(final_values), grid(mask), grid.rows(gamma), grid.rows(lam), rho_clip, c_clip, grid.time_dim,
             )  # fmt: skip
             return grid.back(targets), grid.back(advantages)
@@ -90,12 +92,13 @@ def vtrace(
     return result if differentiable else tuple(x.detach() for x in result)
 
 
-def _fill(log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma, lam, rho_clip,
+def _fill(backend, log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma, lam, rho_clip,
           c_clip, time_dim):  # fmt: skip
     double = _scan.is_double(log_rhos, rewards, values)
     targets, advantages = _scan.empty(rewards, double), _scan.empty(rewards, double)
-    _backend._C.vtrace(log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma, lam,
-                       rho_clip, c_clip, time_dim, double, targets, advantages, torch.get_num_threads())  # fmt: skip
+    final_values = _scan.final_grid(backend, final_values, rewards)
+    backend.ops.vtrace(log_rhos, rewards, values, last_values, terminated, truncated, final_values, mask, gamma, lam,
+                       rho_clip, c_clip, time_dim, double, targets, advantages, backend.resources())  # fmt: skip
     return targets, advantages
 
 

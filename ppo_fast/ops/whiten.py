@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _library, _memory, reference
+from . import _checks
 
 
 def whiten(
@@ -48,29 +49,30 @@ def whiten(
         raise ValueError(f"whiten: ddof must be 0 or 1, got {ddof!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"whiten: eps must be finite and >= 0, got {eps!r}")
-    if torch.compiler.is_compiling():
-        kernel = group is None and not differentiable and _backend.compiles_kernel(x)
-        if kernel:
-            return _op(x.detach(), mask, ddof, float(eps), shift_mean, eps_in_variance)
-    else:
-        kernel = not differentiable and _backend.takes_kernel("whiten", x)
-    if not kernel:
-        if mask is not None and mask.shape != x.shape:
-            raise ValueError(f"whiten: mask must be the shape of x = {list(x.shape)}, got {list(mask.shape)}")
+    if torch.compiler.is_compiling() and group is None and not differentiable and _backend.compiles_kernel(x):
+        return _op(x.detach(), mask, ddof, float(eps), shift_mean, eps_in_variance)
+    backend = None
+    if not differentiable and not torch.compiler.is_compiling():
+        backend = _backend.pick("whiten", x)
+    if backend is None or not backend.checks:
+        _checks.same_shape("whiten", x.shape, "the shape of x", mask=mask)
+        _checks.same_device("whiten", x, mask=mask)
+    if backend is None:
         x = x if differentiable else x.detach()
         moments = None if group is None else _joined(_reference_moments(x, mask), ddof, group)
         return reference.whiten(x, mask=mask, ddof=ddof, eps=eps, shift_mean=shift_mean,
                                 eps_in_variance=eps_in_variance, moments=moments)  # fmt: skip
+    _checks.floating("whiten", x=x)
     out = _memory.empty_like(x, _dtype_of_result(x))
-    threads = torch.get_num_threads()
+    options = (ddof, eps, shift_mean, eps_in_variance, backend.resources())
     if group is None:
-        _backend._C.whiten(x, mask, out, None, False, ddof, eps, shift_mean, eps_in_variance, threads)
+        backend.ops.whiten(x, mask, out, None, False, *options)
         return out
-    local = torch.empty(3, dtype=torch.float64)
-    _backend._C.whiten(x, mask, None, local, False, ddof, eps, shift_mean, eps_in_variance, threads)
+    local = torch.empty(3, dtype=torch.float64, device=x.device)
+    backend.ops.whiten(x, mask, None, local, False, *options)
     count, mean, variance = _joined(local, ddof, group)
-    everywhere = torch.stack([count, mean, variance * (count - ddof).clamp(min=1.0)]).cpu()
-    _backend._C.whiten(x, mask, out, everywhere, True, ddof, eps, shift_mean, eps_in_variance, threads)
+    everywhere = torch.stack([count, mean, variance * (count - ddof).clamp(min=1.0)]).to(x.device)
+    backend.ops.whiten(x, mask, out, everywhere, True, *options)
     return out
 
 
