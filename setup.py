@@ -65,6 +65,11 @@ def cuda() -> tuple[str, str]:
     return ("", missing) if missing or nvcc is None else (nvcc, f"built with {nvcc}")
 
 
+def architectures() -> str:
+    """GPUs to compile for, as CMake has them: "80-real;90-real", "native" for those of this machine; "" for CMakeLists.txt's."""
+    return os.environ.get("PPO_FAST_CUDA_ARCHITECTURES", "").replace(",", ";").replace(" ", "")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -80,6 +85,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={os.environ.get('PPO_FAST_BUILD_TYPE', 'Release')}",
             f"-DPPO_FAST_CUDA={'ON' if nvcc else 'OFF'}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+            *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}"] if nvcc and architectures() else []),
         ]  # fmt: skip
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ struct LossParams {
   double clip_low, clip_high, dual_clip, ratio_cap, log_ratio_clamp, huber_delta, value_clip, value_coef, entropy_coef,
       kl_coef, kl_clamp, kl_value_clamp, advantage_eps, rollout_low, rollout_high;
   int32_t value_loss, value_half, value_clip_mode, kl, normalize_advantages, advantage_ddof, rollout_correction;
+  const double* on_device = nullptr;  // the numbers again, in memory of the GPU: they may change between replays
 };
 enum ValueLoss { kMse, kHuber };
 enum ValueClipMode { kClipMax, kClipReplace, kClipError };
@@ -79,6 +80,8 @@ struct LossArgs {
   int64_t n;
   Stream old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask;  // the rollout's
   Stream index;                      // present: element i of the rollout's streams is their element index[i]
+  int64_t stored;                    // how many they have, then
+  Offence* index_offence;            // GPU: the first index that is not one of them
   Stream weights;
   Stream values, entropy;            // with gradients
   double denominator;                // NaN: the number of valid elements
@@ -92,6 +95,13 @@ struct LossArgs {
 struct PpoLossArgs {
   LossArgs loss;
   Stream log_prob, grad_log_prob;
+};
+
+// GPU: gradients in place times a factor that is known there only. Nothing is read where it is 1.
+constexpr int kMaxScaled = 3;
+struct ScaleArgs {
+  Stream factor, grads[kMaxScaled];  // contiguous, absent from the first absent one on
+  int64_t n[kMaxScaled];
 };
 
 // --- whitening -------------------------------------------------------------------------------------------------------
@@ -278,8 +288,8 @@ struct ScanArgs {
   int threads;
 };
 
-// Every CPU op: its name and its arguments. csrc/cpu/<name>.inc is the body.
-#define PF_CPU_OPS(X)                                                         \
+// Every op: its name and its arguments. csrc/cpu/<name>.inc and csrc/cuda/<name>.cu are the bodies.
+#define PF_OPS(X)                                                             \
   X(ppo_loss, PpoLossArgs)                                                    \
   X(whiten, WhitenArgs)                                                       \
   X(categorical_ppo_loss, CategoricalPpoLossArgs)                             \

@@ -12,14 +12,14 @@ class LossParams:
 
     def __init__(self, numbers: tuple, choices: tuple) -> None: ...
 
-def bernoulli_log_prob(logits: Array, actions: Array, log_prob: Array, entropy: Array, threads: int, /) -> None: ...
+def bernoulli_log_prob(logits: Array, actions: Array, log_prob: Array, entropy: Array, resources: int, /) -> None: ...
 def bernoulli_log_prob_backward(
     logits: Array,
     actions: Array,
     grad_log_prob: Array,
     grad_entropy: Array,
     grad_logits: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def beta_log_prob(
@@ -30,7 +30,7 @@ def beta_log_prob(
     high: float,
     log_prob: Array,
     entropy: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def beta_log_prob_backward(
@@ -43,7 +43,7 @@ def beta_log_prob_backward(
     grad_entropy: Array,
     grad_alpha: Array,
     grad_beta: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def categorical_log_prob(
@@ -56,7 +56,7 @@ def categorical_log_prob(
     log_prob: Array,
     entropy: Array,
     saved: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def categorical_log_prob_backward(
@@ -70,7 +70,7 @@ def categorical_log_prob_backward(
     grad_log_prob: Array,
     grad_entropy: Array,
     grad_logits: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def categorical_ppo_loss(
@@ -94,7 +94,7 @@ def categorical_ppo_loss(
     stats: Array,
     grad_logits: Array,
     grad_values: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def discounted_returns(
@@ -108,7 +108,7 @@ def discounted_returns(
     time_dim: int,
     is_double: bool,
     returns: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def gae(
@@ -127,7 +127,7 @@ def gae(
     is_double: bool,
     advantages: Array,
     returns: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def has_overlap(x: Array) -> bool:
@@ -144,7 +144,7 @@ def multi_categorical_log_prob(
     log_prob: Array,
     entropy: Array,
     saved: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def multi_categorical_log_prob_backward(
@@ -156,7 +156,7 @@ def multi_categorical_log_prob_backward(
     grad_log_prob: Array,
     grad_entropy: Array,
     grad_logits: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def normal_log_prob(
@@ -166,7 +166,7 @@ def normal_log_prob(
     squash: bool,
     log_prob: Array,
     entropy: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def normal_log_prob_backward(
@@ -178,7 +178,7 @@ def normal_log_prob_backward(
     grad_entropy: Array,
     grad_mean: Array,
     grad_log_std: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def normal_ppo_loss(
@@ -204,7 +204,7 @@ def normal_ppo_loss(
     grad_mean: Array,
     grad_log_std: Array,
     grad_values: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def ppo_loss(
@@ -227,7 +227,7 @@ def ppo_loss(
     grad_log_prob: Array,
     grad_values: Array,
     grad_entropy: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def set_isa(name: str) -> None:
@@ -250,7 +250,7 @@ def vtrace(
     is_double: bool,
     targets: Array,
     advantages: Array,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...
 def whiten(
@@ -263,6 +263,6 @@ def whiten(
     eps: float,
     shift_mean: bool,
     eps_in_variance: bool,
-    threads: int,
+    resources: int,
     /,
 ) -> None: ...

@@ -183,7 +183,7 @@ def explain() -> Explanation:
             f"{torch.get_num_threads()} threads (torch.set_num_threads)"
         )
     if _cuda is not None:
-        details["cuda"] = details["cuda"].format(f" of sm_{', sm_'.join(map(str, _cuda.ops.ARCHITECTURES))}")
+        details["cuda"] = details["cuda"].format(f" of {_cuda.ops.ARCHITECTURES}")
     lines = ["ppo_fast backends"]
     for name in BACKENDS:
         why = _WHY_NOT[name]

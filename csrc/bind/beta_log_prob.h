@@ -1,5 +1,4 @@
 #pragma once
-#include "../cpu/dispatch.h"
 #include "log_prob.h"
 
 namespace pf::bind {
@@ -13,8 +12,8 @@ inline Beta beta_distribution(const Tensor& alpha, const Tensor& beta, const Ten
 
 inline void bind_beta_log_prob(py::module_& m) {
   m.def("beta_log_prob", [](py::handle alpha_, py::handle beta_, py::handle actions_, double low, double high,
-                            py::handle log_prob_, py::handle entropy_, int threads) {
-    const char* op = "beta_log_prob";
+                            py::handle log_prob_, py::handle entropy_, Resources resources) {
+    const Op op("beta_log_prob");
     const Tensor alpha(op, "alpha", alpha_), beta(op, "beta", beta_), actions(op, "actions", actions_);
     const Tensor log_prob(op, "log_prob", log_prob_), entropy(op, "entropy", entropy_);
     BetaLogProbArgs a{};
@@ -24,13 +23,12 @@ inline void bind_beta_log_prob(py::module_& m) {
     a.is_double = alpha.is_double() || beta.is_double() || actions.is_double();
     a.log_prob = result(log_prob.required(), alpha, lead, a.is_double);
     a.entropy = result(entropy, alpha, lead, a.is_double);
-    a.threads = threads;
-    without_gil(64 * alpha.numel(), [&] { pf::beta_log_prob(a); });
+    run(op, 64 * alpha.numel(), a, resources, &pf::beta_log_prob);
   });
   m.def("beta_log_prob_backward",
         [](py::handle alpha_, py::handle beta_, py::handle actions_, double low, double high, py::handle d_log_prob_,
-           py::handle d_entropy_, py::handle d_alpha_, py::handle d_beta_, int threads) {
-    const char* op = "beta_log_prob";
+           py::handle d_entropy_, py::handle d_alpha_, py::handle d_beta_, Resources resources) {
+    const Op op("beta_log_prob");
     const Tensor alpha(op, "alpha", alpha_), beta(op, "beta", beta_), actions(op, "actions", actions_);
     const Tensor d_log_prob(op, "grad of log_prob", d_log_prob_), d_entropy(op, "grad of entropy", d_entropy_);
     const Tensor d_alpha(op, "grad of alpha", d_alpha_), d_beta(op, "grad of beta", d_beta_);
@@ -43,8 +41,7 @@ inline void bind_beta_log_prob(py::module_& m) {
     a.d_entropy = incoming(d_entropy, alpha, lead);
     if (d_alpha) a.d_alpha = gradient_rows(d_alpha, alpha);
     if (d_beta) a.d_beta = gradient_rows(d_beta, beta);
-    a.threads = threads;
-    without_gil(64 * alpha.numel(), [&] { pf::beta_log_prob_backward(a); });
+    run(op, 64 * alpha.numel(), a, resources, &pf::beta_log_prob_backward);
   });
 }
 

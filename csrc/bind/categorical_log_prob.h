@@ -1,5 +1,4 @@
 #pragma once
-#include "../cpu/dispatch.h"
 #include "log_prob.h"
 
 namespace pf::bind {
@@ -39,8 +38,8 @@ inline Categorical categorical(const Tensor& logits, const Tensor& actions, cons
 inline void bind_categorical_log_prob(py::module_& m) {
   m.def("categorical_log_prob",
         [](py::handle logits_, py::handle actions_, py::handle mask_, py::handle rows_, double temperature,
-           py::handle ignore_index, py::handle log_prob_, py::handle entropy_, py::handle saved_, int threads) {
-    const char* op = "categorical_log_prob";
+           py::handle ignore_index, py::handle log_prob_, py::handle entropy_, py::handle saved_, Resources resources) {
+    const Op op("categorical_log_prob");
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor rows(op, "temperature", rows_), log_prob(op, "log_prob", log_prob_), entropy(op, "entropy", entropy_);
     const Tensor saved(op, "saved", saved_);
@@ -56,17 +55,16 @@ inline void bind_categorical_log_prob(py::module_& m) {
                   .shape_is({2, a.n}, "[2, rows]")
                   .contiguous()
                   .data();
-    Offence offence;
-    a.offence = &offence;
-    a.threads = threads;
-    without_gil(a.n * a.dist.logits.width, [&] { pf::categorical_log_prob(a); });
-    if (offence.where >= 0) refuse(actions, offence, a.dist.logits.width, "number of actions");
+    const Labels labels(op, "actions");
+    a.offence = labels.at();
+    run(op, a.n * a.dist.logits.width, a, resources, &pf::categorical_log_prob);
+    if (labels.refused()) refuse(actions, labels.found(), a.dist.logits.width, "number of actions");
   });
   m.def("categorical_log_prob_backward",
         [](py::handle logits_, py::handle actions_, py::handle mask_, py::handle rows_, double temperature,
            py::handle entropy_, py::handle saved_, py::handle d_log_prob_, py::handle d_entropy_, py::handle d_logits_,
-           int threads) {
-    const char* op = "categorical_log_prob";
+           Resources resources) {
+    const Op op("categorical_log_prob");
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor rows(op, "temperature", rows_), entropy(op, "entropy", entropy_), saved(op, "saved", saved_);
     const Tensor d_log_prob(op, "grad of log_prob", d_log_prob_), d_entropy(op, "grad of entropy", d_entropy_);
@@ -84,10 +82,9 @@ inline void bind_categorical_log_prob(py::module_& m) {
     a.d_entropy = incoming(d_entropy, logits, lead);
     a.d_logits = gradient_rows(d_logits, logits);
     if (has_overlap(d_logits)) d_logits.fail("have elements of its own: some share memory, strides overlap");
-    a.threads = threads;
-    without_gil(a.n * a.dist.logits.width, [&] { pf::categorical_log_prob_backward(a); });
+    run(op, a.n * a.dist.logits.width, a, resources, &pf::categorical_log_prob_backward);
   });
-  m.def("has_overlap", [](py::handle x) { return has_overlap(Tensor("has_overlap", "x", x)); }, py::arg("x"),
+  m.def("has_overlap", [](py::handle x) { return has_overlap(Tensor(Op("has_overlap"), "x", x)); }, py::arg("x"),
         "Whether elements of a tensor may share memory.");
 }
 

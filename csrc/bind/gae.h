@@ -4,11 +4,12 @@
 namespace pf::bind {
 
 inline void bind_gae(py::module_& m) {
-  m.def("gae",
-        [](py::handle rewards, py::handle values, py::handle last_values, py::handle terminated, py::handle truncated,
-           py::handle final_values, py::handle mask, py::handle mask_mode, py::handle cu_seqlens, py::handle gamma,
-           py::handle lam, int time_dim, bool is_double, py::handle advantages, py::handle returns, int threads) {
-    ScanInputs scan("gae", rewards, time_dim, cu_seqlens, is_double, threads);
+  m.def("gae", [](py::handle rewards, py::handle values, py::handle last_values, py::handle terminated,
+                  py::handle truncated, py::handle final_values, py::handle mask, py::handle mask_mode,
+                  py::handle cu_seqlens, py::handle gamma, py::handle lam, int time_dim, bool is_double,
+                  py::handle advantages, py::handle returns, Resources resources) {
+    const Op op("gae");
+    ScanInputs scan(op, rewards, time_dim, cu_seqlens, is_double);
     scan.args.values = scan.stream("values", values);
     scan.episode_ends(last_values, terminated, truncated, final_values);
     scan.mask(mask, mask_mode);
@@ -16,7 +17,7 @@ inline void bind_gae(py::module_& m) {
     scan.args.lam = scan.rate("lam", lam);
     scan.output(0, "advantages", advantages);
     scan.output(1, "returns", returns);
-    scan.run(&pf::gae);
+    scan.run(resources, &pf::gae);
   });
 }
 

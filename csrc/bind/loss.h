@@ -4,7 +4,8 @@
 
 namespace pf::bind {
 
-inline LossParams loss_params(const py::tuple& numbers, const py::tuple& choices) {
+// `on_device`: None, or the numbers in memory of the GPU, float64, which kernels read in their place.
+inline LossParams loss_params(const py::tuple& numbers, const py::tuple& choices, py::handle on_device) {
   LossParams p;
   double* number = &p.clip_low;
   const size_t n_numbers = (reinterpret_cast<char*>(&p.value_loss) - reinterpret_cast<char*>(&p)) / sizeof(double);
@@ -15,16 +16,20 @@ inline LossParams loss_params(const py::tuple& numbers, const py::tuple& choices
   }
   for (size_t i = 0; i < n_numbers; ++i) number[i] = numbers[i].cast<double>();
   for (size_t i = 0; i < n_choices; ++i) choice[i] = choices[i].cast<int32_t>();
+  const Op op("LossParams");
+  const Tensor device(op, "numbers", on_device);
+  device.dtype_is(DType::f64, "float64").shape_is({static_cast<int64_t>(n_numbers)}, "[numbers]").contiguous();
+  p.on_device = device ? static_cast<const double*>(device.data()) : nullptr;
   return p;
 }
 
 // Arguments of every loss after its distribution: one struct so that the three entry points cannot drift apart.
 struct LossInputs {
-  const char* op;
+  const Op& op;
   Tensor old_log_prob, advantages, values, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights, index;
   Tensor loss, stats, grad_values;
 
-  LossInputs(const char* op, py::handle old_log_prob, py::handle advantages, py::handle values, py::handle old_values,
+  LossInputs(const Op& op, py::handle old_log_prob, py::handle advantages, py::handle values, py::handle old_values,
              py::handle returns, py::handle ref_log_prob, py::handle rollout_log_prob, py::handle mask,
              py::handle weights, py::handle index, py::handle loss, py::handle stats, py::handle grad_values)
       : op(op), old_log_prob(op, "old_log_prob", old_log_prob), advantages(op, "advantages", advantages),
@@ -35,7 +40,7 @@ struct LossInputs {
 
   // `like`: a tensor whose first `lead` dimensions are the elements' shape, written as `shape` in messages.
   LossArgs args(const LossParams& params, const Tensor& like, int lead, const char* shape, double denominator, bool sum,
-                bool is_double, int threads) const {
+                bool is_double) const {
     LossArgs a{};
     a.params = params;
     a.n = like.numel_of(lead);
@@ -59,7 +64,9 @@ struct LossInputs {
           t->fail(text("have as many elements as old_log_prob, ", stored_n, ", got ", t->shape_text()));
         }
       }
-      check_range(index, stored_n, "elements of the rollout");
+      a.stored = stored_n;
+      a.index_offence = Labels(op, "index").at();
+      if (!kOnGpu) check_range(index, stored_n, "elements of the rollout");
     } else {
       for (const Tensor* t : stored) t->same_shape(like, shape, lead);
     }
@@ -72,7 +79,7 @@ struct LossInputs {
     a.returns = returns.stream(), a.ref_log_prob = ref_log_prob.stream();
     a.rollout_log_prob = rollout_log_prob.stream(), a.mask = mask.stream(), a.weights = weights.stream();
     a.values = values.stream();
-    a.denominator = denominator, a.sum = sum, a.is_double = is_double, a.threads = threads;
+    a.denominator = denominator, a.sum = sum, a.is_double = is_double;
     const DType dtype = is_double ? DType::f64 : DType::f32;
     const char* wanted = is_double ? "float64" : "float32";
     a.loss = loss.required().dtype_is(dtype, wanted).shape_is({}, "[]").data();
@@ -108,7 +115,7 @@ struct LossInputs {
     }
   }
   py::type_error missing(const char* name, const char* because) const {
-    return py::type_error(text(op, ": ", name, " must be a tensor with ", because, ", got None"));
+    return py::type_error(text(op.name, ": ", name, " must be a tensor with ", because, ", got None"));
   }
   void need(const Tensor& have, const Tensor& want, const char* because) const {
     if (have && !want) throw missing(want.name(), because);

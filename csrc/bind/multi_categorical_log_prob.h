@@ -1,5 +1,4 @@
 #pragma once
-#include "../cpu/dispatch.h"
 #include "log_prob.h"
 
 namespace pf::bind {
@@ -32,8 +31,8 @@ inline MultiCategorical multi_categorical(const Tensor& logits, const Tensor& ac
 inline void bind_multi_categorical_log_prob(py::module_& m) {
   m.def("multi_categorical_log_prob",
         [](py::handle logits_, py::handle actions_, py::handle mask_, const py::sequence& nvec_, py::handle log_prob_,
-           py::handle entropy_, py::handle saved_, int threads) {
-    const char* op = "multi_categorical_log_prob";
+           py::handle entropy_, py::handle saved_, Resources resources) {
+    const Op op("multi_categorical_log_prob");
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor log_prob(op, "log_prob", log_prob_), entropy(op, "entropy", entropy_), saved(op, "saved", saved_);
     const auto nvec = integers(nvec_);
@@ -50,19 +49,18 @@ inline void bind_multi_categorical_log_prob(py::module_& m) {
                   .shape_is({3, heads, a.n}, "[3, K, rows]")
                   .contiguous()
                   .data();
-    Offence offence;
-    a.offence = &offence;
-    a.threads = threads;
-    without_gil(logits.numel(), [&] { pf::multi_categorical_log_prob(a); });
-    if (offence.where >= 0) {
+    const Labels labels(op, "actions");
+    a.offence = labels.at();
+    run(op, logits.numel(), a, resources, &pf::multi_categorical_log_prob);
+    if (const Offence& offence = labels.found(); labels.refused()) {
       actions.fail(text("be in [0, ", nvec[offence.where % heads], ") for head ", offence.where % heads, ", got ",
                         offence.value, " at row ", offence.where / heads));
     }
   });
   m.def("multi_categorical_log_prob_backward",
         [](py::handle logits_, py::handle actions_, py::handle mask_, const py::sequence& nvec_, py::handle saved_,
-           py::handle d_log_prob_, py::handle d_entropy_, py::handle d_logits_, int threads) {
-    const char* op = "multi_categorical_log_prob";
+           py::handle d_log_prob_, py::handle d_entropy_, py::handle d_logits_, Resources resources) {
+    const Op op("multi_categorical_log_prob");
     const Tensor logits(op, "logits", logits_), actions(op, "actions", actions_), mask(op, "action_mask", mask_);
     const Tensor saved(op, "saved", saved_), d_log_prob(op, "grad of log_prob", d_log_prob_);
     const Tensor d_entropy(op, "grad of entropy", d_entropy_), d_logits(op, "grad of logits", d_logits_);
@@ -80,8 +78,7 @@ inline void bind_multi_categorical_log_prob(py::module_& m) {
     a.d_log_prob = incoming(d_log_prob, logits, lead);
     a.d_entropy = incoming(d_entropy, logits, lead);
     a.d_logits = gradient_rows(d_logits, logits);
-    a.threads = threads;
-    without_gil(logits.numel(), [&] { pf::multi_categorical_log_prob_backward(a); });
+    run(op, logits.numel(), a, resources, &pf::multi_categorical_log_prob_backward);
   });
 }
 

@@ -1,7 +1,6 @@
 #pragma once
 #include <vector>
 
-#include "../cpu/dispatch.h"
 #include "log_prob.h"
 
 namespace pf::bind {
@@ -29,10 +28,10 @@ inline Normal normal(const Tensor& mean, const Tensor& log_std, const Tensor& ac
 
 // Scratch for the gradient [D] of a log_std that all rows share, to which `at` then points; else nothing.
 inline std::vector<double> shared_sums(const Tensor& d_log_std, const Tensor& mean, double*& at) {
-  std::vector<double> sums;
+  std::vector<double> sums;  // a GPU's lie there
   if (d_log_std && d_log_std.ndim() == 1 && mean.ndim() != 1) {
     d_log_std.shape_is({mean.size(-1)}, "[D]");
-    sums.resize(kMaxRowBlocks * mean.size(-1));
+    if (!kOnGpu) sums.resize(kMaxRowBlocks * mean.size(-1));
     at = sums.data();
   } else {
     d_log_std.same_shape(mean, "the shape of mean");
@@ -42,8 +41,8 @@ inline std::vector<double> shared_sums(const Tensor& d_log_std, const Tensor& me
 
 inline void bind_normal_log_prob(py::module_& m) {
   m.def("normal_log_prob", [](py::handle mean_, py::handle log_std_, py::handle actions_, bool squash,
-                              py::handle log_prob_, py::handle entropy_, int threads) {
-    const char* op = "normal_log_prob";
+                              py::handle log_prob_, py::handle entropy_, Resources resources) {
+    const Op op("normal_log_prob");
     const Tensor mean(op, "mean", mean_), log_std(op, "log_std", log_std_), actions(op, "actions", actions_);
     const Tensor log_prob(op, "log_prob", log_prob_), entropy(op, "entropy", entropy_);
     NormalLogProbArgs a{};
@@ -53,14 +52,13 @@ inline void bind_normal_log_prob(py::module_& m) {
     a.is_double = mean.is_double() || log_std.is_double() || actions.is_double();
     a.log_prob = result(log_prob.required(), mean, lead, a.is_double);
     a.entropy = result(entropy, mean, lead, a.is_double);
-    a.threads = threads;
-    without_gil(mean.numel(), [&] { pf::normal_log_prob(a); });
+    run(op, mean.numel(), a, resources, &pf::normal_log_prob);
   });
   // d_log_std [D]: of a log_std that all rows share.
   m.def("normal_log_prob_backward",
         [](py::handle mean_, py::handle log_std_, py::handle actions_, bool squash, py::handle d_log_prob_,
-           py::handle d_entropy_, py::handle d_mean_, py::handle d_log_std_, int threads) {
-    const char* op = "normal_log_prob";
+           py::handle d_entropy_, py::handle d_mean_, py::handle d_log_std_, Resources resources) {
+    const Op op("normal_log_prob");
     const Tensor mean(op, "mean", mean_), log_std(op, "log_std", log_std_), actions(op, "actions", actions_);
     const Tensor d_log_prob(op, "grad of log_prob", d_log_prob_), d_entropy(op, "grad of entropy", d_entropy_);
     const Tensor d_mean(op, "grad of mean", d_mean_), d_log_std(op, "grad of log_std", d_log_std_);
@@ -75,8 +73,7 @@ inline void bind_normal_log_prob(py::module_& m) {
     d_log_std.floating();
     const std::vector<double> sums = shared_sums(d_log_std, mean, a.sums);
     if (d_log_std) a.d_log_std = d_log_std.rows();
-    a.threads = threads;
-    without_gil(mean.numel(), [&] { pf::normal_log_prob_backward(a); });
+    run(op, mean.numel(), a, resources, &pf::normal_log_prob_backward);
   });
 }
 

@@ -4,7 +4,6 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/dispatch.h"
 #include "tensor.h"
 
 namespace pf::bind {
@@ -13,7 +12,7 @@ class ScanInputs {
  public:
   ScanArgs args{};
 
-  ScanInputs(const char* op, py::handle rewards, int time_dim, py::handle cu_seqlens, bool is_double, int threads)
+  ScanInputs(const Op& op, py::handle rewards, int time_dim, py::handle cu_seqlens, bool is_double)
       : op_(op), rewards_(op, "rewards", rewards) {
     rewards_.required().floating();
     const int ndim = rewards_.ndim();
@@ -21,7 +20,7 @@ class ScanInputs {
       rewards_.fail(text("have a time dimension: [T] or [T, N], got ", rewards_.shape_text()));
     }
     if (time_dim < -ndim || time_dim >= ndim) {
-      throw py::value_error(text(op, ": time_dim must be in [", -ndim, ", ", ndim, "), got ", time_dim));
+      throw py::value_error(text(op.name, ": time_dim must be in [", -ndim, ", ", ndim, "), got ", time_dim));
     }
     time_ = time_dim < 0 ? time_dim + ndim : time_dim;
     args.steps = rewards_.size(time_);
@@ -32,7 +31,6 @@ class ScanInputs {
     if (!cu_seqlens.is_none()) read_bounds(cu_seqlens);
     args.rewards = grid(rewards_);
     args.is_double = is_double;
-    args.threads = threads;
     args.missing = &missing_;
     args.final_count = -1;
     args.carry = true;
@@ -56,7 +54,7 @@ class ScanInputs {
     } else {
       const Tensor t(op_, "final_values", final_values);
       if (args.truncated.data && !t) {
-        throw py::value_error(text(op_,
+        throw py::value_error(text(op_.name,
                                    ": final_values must be given with truncated: V of the state that each "
                                    "truncated step led to, ",
                                    shape_, " or (flat_index, value)"));
@@ -74,7 +72,7 @@ class ScanInputs {
     if (!mode) return;
     args.carry = PyUnicode_Check(mode.ptr()) && PyUnicode_CompareWithASCIIString(mode.ptr(), "carry") == 0;
     if (!args.carry && !(PyUnicode_Check(mode.ptr()) && PyUnicode_CompareWithASCIIString(mode.ptr(), "zero") == 0)) {
-      throw py::value_error(text(op_, ": mask_mode must be 'carry' or 'zero', got ", std::string(py::repr(mode))));
+      throw py::value_error(text(op_.name, ": mask_mode must be 'carry' or 'zero', got ", std::string(py::repr(mode))));
     }
   }
 
@@ -84,7 +82,7 @@ class ScanInputs {
     if (!is_number(object)) {
       const Tensor t(op_, name, object);
       t.required().floating();
-      const int64_t n = t.ndim() == 0 ? 1 : args.columns;
+      const int64_t n = kOnGpu ? 0 : t.ndim() == 0 ? 1 : args.columns;  // what lies on a GPU is not looked at
       p.row = t.ndim() == 0 ? Grid{t.data(), t.dtype(), 0, 0} : per_column(t);
       for (int64_t i = 0; i < n; ++i) check_rate(name, element(p.row, i), i);
       return p;
@@ -95,7 +93,7 @@ class ScanInputs {
   }
   double clip(const char* name, py::handle object) const {
     const double x = number(name, object);
-    if (!(x > 0)) throw py::value_error(text(op_, ": ", name, " must be > 0, got ", x));
+    if (!(x > 0)) throw py::value_error(text(op_.name, ": ", name, " must be > 0, got ", x));
     return x;
   }
 
@@ -106,12 +104,13 @@ class ScanInputs {
     args.outputs[i] = t.data();
   }
 
-  void run(void (*kernel)(const ScanArgs&)) {
-    without_gil(rewards_.numel(), [&] { kernel(args); });
+  template <class Kernel>
+  void run(Resources resources, Kernel kernel) {
+    pf::bind::run(op_, rewards_.numel(), args, resources, kernel);
     if (missing_ < 0) return;
     const int64_t t = args.output_t == 1 ? missing_ % args.steps : missing_ / args.output_t;
     const int64_t n = args.output_t == 1 ? missing_ / args.steps : missing_ % args.output_t;
-    throw py::value_error(text(op_,
+    throw py::value_error(text(op_.name,
                                ": final_values must have an entry for every truncated step, got none for flat "
                                "index ",
                                missing_, rewards_.ndim() == 2 ? text(" (t = ", t, ", n = ", n, ")") : ""));
@@ -148,13 +147,13 @@ class ScanInputs {
     const double x = PyFloat_AsDouble(object.ptr());
     if (x == -1.0 && PyErr_Occurred()) {
       PyErr_Clear();
-      throw py::type_error(text(op_, ": ", name, " must be a number, got ", Py_TYPE(object.ptr())->tp_name));
+      throw py::type_error(text(op_.name, ": ", name, " must be a number, got ", Py_TYPE(object.ptr())->tp_name));
     }
     return x;
   }
   void check_rate(const char* name, double x, int64_t at) const {
     if (x >= 0.0 && x <= 1.0) return;
-    throw py::value_error(text(op_, ": ", name, " must be in [0, 1], got ", x, at < 0 ? "" : text(" at ", at)));
+    throw py::value_error(text(op_.name, ": ", name, " must be in [0, 1], got ", x, at < 0 ? "" : text(" at ", at)));
   }
 
   void read_bounds(py::handle object) {
@@ -164,6 +163,13 @@ class ScanInputs {
       rewards_.fail(text("be packed, [M], with cu_seqlens, got ", rewards_.shape_text()));
     }
     if (t.ndim() != 1 || t.size(0) < 1) t.fail(text("be [S + 1], got ", t.shape_text()));
+    args.columns = t.size(0) - 1;
+    args.output_t = 1, args.output_n = args.steps;
+    shape_ = "[M]";
+    if (kOnGpu) {
+      args.bounds = static_cast<const int64_t*>(t.dtype_is(DType::i64, "int64").contiguous().data());
+      return;
+    }
     const Grid g{t.data(), t.dtype(), 0, t.stride(0)};
     bounds_.resize(t.size(0));
     for (size_t i = 0; i < bounds_.size(); ++i) bounds_[i] = integer(g, i);
@@ -173,16 +179,15 @@ class ScanInputs {
     const auto drop = std::is_sorted_until(bounds_.begin(), bounds_.end());
     if (drop != bounds_.end()) t.fail(text("not decrease, got ", drop[-1], " before ", drop[0]));
     args.bounds = bounds_.data();
-    args.columns = static_cast<int64_t>(bounds_.size()) - 1;
-    args.output_t = 1, args.output_n = args.steps;
-    shape_ = "[M]";
   }
 
   void sparse(py::handle pair) {
     if (PyTuple_Size(pair.ptr()) != 2) {
-      throw py::value_error(text(op_, ": final_values must be a tensor or a pair (flat_index, value), got a tuple of ",
+      throw py::value_error(text(op_.name,
+                                 ": final_values must be a tensor or a pair (flat_index, value), got a tuple of ",
                                  PyTuple_Size(pair.ptr())));
     }
+    if (kOnGpu) throw py::type_error(text(op_.name, ": final_values must be a grid on a GPU"));
     const Tensor index(op_, "final_values[0]", PyTuple_GetItem(pair.ptr(), 0));
     const Tensor value(op_, "final_values[1]", PyTuple_GetItem(pair.ptr(), 1));
     index.required().integer();
@@ -235,7 +240,7 @@ class ScanInputs {
   }
 
   static constexpr char kNothing[8] = {};
-  const char* op_;
+  const Op& op_;
   const char* shape_;
   Tensor rewards_;
   int time_ = 0;

@@ -1,27 +1,13 @@
 // Any DLPack tensor as a checked view, and messages that say which argument, what was expected and what came.
 // Views are borrowed: they hold while the call runs with the caller's references.
 #pragma once
-#include <dlpack/dlpack.h>
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
-#include <sstream>
-#include <string>
 
-#include "../ops.h"
+#include "call.h"
 
 namespace pf::bind {
-
-namespace py = pybind11;
-
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
 
 // The C exchange API of an object's type (torch >= 2.10), or nullptr. Looked up once per type.
 inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
@@ -50,9 +36,10 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
 
 class Tensor {
  public:
-  Tensor(const char* op, const char* name, py::handle object) : op_(op), name_(name) {
+  Tensor(const Op& op, const char* name, py::handle object) : op_(op.name), name_(name) {
     if (object.is_none()) return;
-    if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object.ptr()))) {
+    const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object.ptr()));
+    if (api) {
       if (api->dltensor_from_py_object_no_sync(object.ptr(), &t_) != 0) throw py::error_already_set();
       if (may_be_negated() && py::hasattr(object, "resolve_neg")) {
         capsule_ = object.attr("resolve_neg")();  // the tensor itself where there is nothing to resolve
@@ -60,19 +47,23 @@ class Tensor {
       }
     } else {
       if (!py::hasattr(object, "__dlpack__")) {
-        throw py::type_error(text(op, ": ", name, " must be a tensor, got ", Py_TYPE(object.ptr())->tp_name));
+        throw py::type_error(text(op_, ": ", name, " must be a tensor, got ", Py_TYPE(object.ptr())->tp_name));
       }
-      capsule_ = object.attr("__dlpack__")();
+      // -1: whoever owns it waits for nothing; the default waits, and breaks the capture of a graph
+      capsule_ =
+          kDeviceType == kDLCUDA ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
       auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
       if (!managed) throw py::error_already_set();
       t_ = managed->dl_tensor;
     }
     present_ = true;
-    if (t_.device.device_type != kDLCPU) {
-      throw py::type_error(text(op, ": ", name, " must be on the CPU, got DLPack device type ", t_.device.device_type));
+    if (op.device < 0) op.device = kOnGpu ? t_.device.device_id : 0, op.api = api;
+    if (t_.device.device_type != kDeviceType || (kOnGpu && t_.device.device_id != op.device)) {
+      throw py::type_error(text(op_, ": ", name, " must be on ", device_name(op.device), ", got DLPack device type ",
+                                t_.device.device_type, kOnGpu ? text(", index ", t_.device.device_id) : ""));
     }
     if (!t_.data && numel() > 0) {
-      throw py::type_error(text(op, ": ", name, " must have storage, got a tensor without data (fake or meta)"));
+      throw py::type_error(text(op_, ": ", name, " must have storage, got a tensor without data (fake or meta)"));
     }
     dtype_ = dtype_of_view();
   }
@@ -242,13 +233,5 @@ class Tensor {
   DType dtype_ = DType::f32;
   bool present_ = false;
 };
-
-// Runs a kernel with the GIL released where it is long enough to be worth it.
-template <class F>
-void without_gil(int64_t elements, F&& f) {
-  if (elements < 4096) return f();
-  py::gil_scoped_release release;
-  f();
-}
 
 }  // namespace pf::bind

@@ -1,13 +1,12 @@
 #pragma once
-#include "../cpu/dispatch.h"
 #include "tensor.h"
 
 namespace pf::bind {
 
 inline void bind_whiten(py::module_& m) {
   m.def("whiten", [](py::handle x_, py::handle mask_, py::handle out_, py::handle moments_, bool have_moments, int ddof,
-                     double eps, bool shift_mean, bool eps_in_variance, int threads) {
-    const char* op = "whiten";
+                     double eps, bool shift_mean, bool eps_in_variance, Resources resources) {
+    const Op op("whiten");
     const Tensor x(op, "x", x_), mask(op, "mask", mask_), out(op, "out", out_), moments(op, "moments", moments_);
     x.required().floating();
     mask.same_shape(x, "the shape of x");
@@ -22,8 +21,8 @@ inline void bind_whiten(py::module_& m) {
     a.moments = moments ? static_cast<double*>(moments.data()) : nullptr;
     a.have_moments = have_moments && moments;
     a.ddof = ddof, a.eps = eps, a.shift_mean = shift_mean, a.eps_in_variance = eps_in_variance;
-    a.is_double = is_double, a.threads = threads;
-    without_gil(a.n, [&] { pf::whiten(a); });
+    a.is_double = is_double;
+    run(op, a.n, a, resources, &pf::whiten);
   });
 }
 

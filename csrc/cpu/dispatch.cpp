@@ -9,14 +9,14 @@ namespace pf {
 
 #define PF_DECLARE(op, Args) void op(const Args&);
 namespace base {
-PF_CPU_OPS(PF_DECLARE)
+PF_OPS(PF_DECLARE)
 }
 #if PF_X86
 namespace v3 {
-PF_CPU_OPS(PF_DECLARE)
+PF_OPS(PF_DECLARE)
 }
 namespace v4 {
-PF_CPU_OPS(PF_DECLARE)
+PF_OPS(PF_DECLARE)
 }
 #endif
 #undef PF_DECLARE
@@ -66,7 +66,7 @@ bool set_isa(const char* name) {
 #define PF_DEFINE(op, Args) \
   void op(const Args& args) { base::op(args); }
 #endif
-PF_CPU_OPS(PF_DEFINE)
+PF_OPS(PF_DEFINE)
 #undef PF_DEFINE
 
 }  // namespace pf

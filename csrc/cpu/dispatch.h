@@ -4,7 +4,7 @@
 namespace pf {
 
 #define PF_DECLARE(op, Args) void op(const Args&);
-PF_CPU_OPS(PF_DECLARE)
+PF_OPS(PF_DECLARE)
 #undef PF_DECLARE
 
 const char* isa_name(int level);

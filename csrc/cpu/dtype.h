@@ -6,7 +6,7 @@ namespace pf {
 #if PF_LEVEL == 4
 namespace v3 {
 #define PF_DECLARE(op, Args) void op(const Args&);
-PF_CPU_OPS(PF_DECLARE)
+PF_OPS(PF_DECLARE)
 #undef PF_DECLARE
 }  // namespace v3
 #endif

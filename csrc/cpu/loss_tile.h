@@ -2,6 +2,7 @@
 // over them, and how sums become loss and statistics. The loss of a tile itself is compiled once, in ppo_loss.inc.
 #pragma once
 #include "moments.h"
+#include "../math/loss_totals.h"
 #include "../math/surrogate.h"
 
 namespace pf {
@@ -22,14 +23,6 @@ struct LossSums {
     ratio_min = min_of(o.ratio_min, ratio_min), ratio_max = max_of(o.ratio_max, ratio_max);
     returns.merge(o.returns), residuals.merge(o.residuals);
   }
-};
-
-// What the whole batch must agree on before the first gradient is written.
-template <class T>
-struct LossScale {
-  T weight;  // 1/denominator
-  bool normalize;  // (A - shift)·inverse
-  T shift, inverse;
 };
 
 // Tiles of T; nullptr: absent. Inputs are readable, outputs writable, up to a whole number of vectors.
@@ -141,39 +134,20 @@ inline LossScale<T> loss_scale(const LossArgs& a) {
       out.merge(tile_moments(read_tile(a.advantages, first, n, at, x), read_tile(a.mask, first, n, at, mask), n, out));
     });
   }
-  LossScale<T> scale{};
-  const bool given = a.denominator == a.denominator;
-  const double denominator = given ? a.denominator : a.sum ? 1.0 : std::max(m.count, 1.0);
-  scale.weight = static_cast<T>(1.0 / denominator);
-  scale.normalize = p.normalize_advantages && m.count > p.advantage_ddof;
-  if (scale.normalize) {
-    scale.shift = static_cast<T>(m.mean);
-    scale.inverse = static_cast<T>(1.0 / (std::sqrt(m.m2 / (m.count - p.advantage_ddof)) + p.advantage_eps));
-  }
-  return scale;
+  return scale_of<T>(m, a.denominator, a.sum, p.normalize_advantages, p.advantage_ddof, p.advantage_eps);
 }
 
 template <class T>
 inline void finish_loss(const LossArgs& a, const LossScale<T>& scale, const LossSums& s) {
   const LossParams& p = a.params;
-  const double w = scale.weight, count = s.count.total(), n = std::max(count, 1.0), ratio = s.ratio.total();
+  const LossTotals totals{
+      s.policy.total(),    s.value.total(),  s.entropy.total(), s.kl.total(),   s.k3.total(),
+      s.log_ratio.total(), s.low.total(),    s.high.total(),    s.dual.total(), s.value_clipped.total(),
+      s.ratio.total(),     s.ratio2.total(), s.count.total(),   s.ratio_min,    s.ratio_max,
+      s.returns,           s.residuals};
   double stat[kStatCount];
-  stat[k_policy_loss] = w * s.policy.total(), stat[k_value_loss] = w * s.value.total();
-  stat[k_entropy] = w * s.entropy.total(), stat[k_kl] = w * s.kl.total();
-  stat[k_approx_kl] = s.k3.total() / n, stat[k_old_approx_kl] = -s.log_ratio.total() / n;
-  stat[k_clip_fraction_low] = s.low.total() / n, stat[k_clip_fraction_high] = s.high.total() / n;
-  stat[k_clip_fraction] = stat[k_clip_fraction_low] + stat[k_clip_fraction_high];
-  stat[k_dual_clip_fraction] = s.dual.total() / n, stat[k_value_clip_fraction] = s.value_clipped.total() / n;
-  stat[k_ratio_mean] = ratio / n;
-  const double poison = ratio != ratio ? ratio : 0;  // comparisons passed over a NaN ratio, its sum did not
-  stat[k_ratio_min] = count > 0 ? s.ratio_min + poison : 0, stat[k_ratio_max] = count > 0 ? s.ratio_max + poison : 0;
-  stat[k_ess] = count > 0 ? ratio * (ratio / (n * s.ratio2.total())) : 0;
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  stat[k_explained_variance] = s.returns.m2 > 0 ? 1.0 - s.residuals.m2 / s.returns.m2 : nan;
-  double loss = stat[k_policy_loss];
-  if (a.values.data) loss += p.value_coef * stat[k_value_loss];
-  loss -= p.entropy_coef * stat[k_entropy];
-  if (p.kl != kNoKl) loss += p.kl_coef * stat[k_kl];
+  const double loss =
+      statistics(totals, scale.weight, a.values.data, p.kl != kNoKl, p.value_coef, p.entropy_coef, p.kl_coef, stat);
   *static_cast<T*>(a.loss) = static_cast<T>(loss);
   for (int i = 0; i < kStatCount; ++i) static_cast<T*>(a.stats)[i] = static_cast<T>(stat[i]);
 }

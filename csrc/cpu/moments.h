@@ -1,22 +1,10 @@
-// Count, mean and sum of squared deviations in one pass. A tile is shifted by where its numbers lie (the mean so far,
-// or that of the first few), so that nothing cancels; tiles are joined in double by Chan's rule (Chan, Golub, LeVeque
-// 1979), in a fixed order.
+// Moments of a tile in one pass: it is shifted by where its numbers lie (the mean so far, or that of the first few), so
+// that nothing cancels. Tiles are joined in double, in a fixed order.
 #pragma once
+#include "../math/moments.h"
 
 namespace pf {
 namespace PF_ISA {
-
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-
-  void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count, delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    m2 += other.m2 + delta * delta * (count * (other.count / total));
-    count = total;
-  }
-};
 
 // A tile's moments while its numbers come by; what is left out adds 0.
 template <class T>
@@ -42,9 +30,8 @@ struct ShiftedMoments {
     squares = fma_of(deviation, deviation, squares);
   }
   Moments finish(double count) const {
-    if (count == 0) return {};
-    const double left = sum_of_lanes(drift), m2 = sum_of_lanes(squares) - left * (left / count);
-    return {count, static_cast<double>(shift.r[0][0]) + left / count, m2 < 0 ? 0 : m2};  // NaN compares false and stays
+    return Moments::shifted(count, static_cast<double>(shift.r[0][0]), static_cast<double>(sum_of_lanes(drift)),
+                            static_cast<double>(sum_of_lanes(squares)));
   }
 };
 

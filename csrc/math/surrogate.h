@@ -13,7 +13,8 @@ struct LossNumbers {
       rollout_low, rollout_high;
   int value_loss, value_clip_mode, kl, rollout_correction;
   bool has_dual_clip, has_ratio_cap, has_log_ratio_clamp, has_value_clip, has_kl_clamp, has_kl_value_clamp;
-  explicit LossNumbers(const LossParams& p)
+  LossNumbers() = default;
+  PF_FN explicit LossNumbers(const LossParams& p)
       : clip_lo(T(1.0 - p.clip_low)), clip_hi(T(1.0 + p.clip_high)), dual_clip(T(p.dual_clip)),
         ratio_cap(T(p.ratio_cap)), log_ratio_clamp(T(p.log_ratio_clamp)), huber_delta(T(p.huber_delta)),
         value_clip(T(p.value_clip)), kl_clamp(T(p.kl_clamp)), kl_value_clamp(T(p.kl_value_clamp)),
