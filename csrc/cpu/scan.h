@@ -13,43 +13,6 @@ constexpr int64_t kRunLength = 1024;                   // steps of a tile of one
 constexpr int64_t kStreamingBytes = int64_t(1) << 24;  // outputs larger than this go past the caches
 constexpr int64_t kBlockElements = 1 << 14;            // below this a second thread costs more than it brings
 
-// Which inputs there are; in a plain scan the compiler knows that only `terminated` may be.
-struct Presence {
-  bool terminated, truncated, mask, carry, partial;
-};
-
-template <class T>
-struct Inputs {
-  Vec<T> reward, value, log_rho, next, final;
-  Mask<T> terminated, truncated, keep, inside;
-};
-
-// From what was read to the transition and its step.
-template <class Op, class T>
-PF_INLINE Step<Vec<T>, Mask<T>> open_step(const Op& op, const Presence& has, const Inputs<T>& in, const Vec<T>& gamma,
-                                          const Vec<T>& decay, Transition<Vec<T>, Mask<T>>& x) {
-  using V = Vec<T>;
-  const V zero(T(0));
-  const auto kept = [&](const V& v) { return has.mask ? select(in.keep, v, zero) : v; };
-  x.reward = kept(in.reward);
-  if constexpr (Op::kValues) x.value = kept(in.value);
-  if constexpr (Op::kRatios) x.ratio = exp_of(kept(in.log_rho));
-  x.bootstrap = in.next;
-  x.cut = splat_mask<T>(false);
-  if (has.truncated) {
-    x.bootstrap = select(in.truncated, in.final, x.bootstrap);
-    x.cut = in.truncated;
-  }
-  if (has.terminated) {
-    x.bootstrap = select(in.terminated, zero, x.bootstrap);
-    x.cut = x.cut | in.terminated;
-  }
-  auto step = op.step(x, gamma, decay);
-  if (has.mask && has.carry) step = pass_where(!in.keep, step);
-  if (has.partial) step = pass_where(!in.inside, step);
-  return step;
-}
-
 template <class Op, class T>
 PF_INLINE void solve_group(const Step<Vec<T>, Mask<T>>* s, const Vec<T>& incoming, Vec<T>* x) {
   if constexpr (Op::kAhead) {
@@ -185,7 +148,7 @@ void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool stre
         M keep[kGroup] = {};
         _Pragma("GCC unroll 4") for (int j = kGroup - 1; j >= 0; --j) {
           const int64_t i = partial ? row(j) : t + j;
-          Inputs<T> in;
+          Inputs<V, M> in{};
           in.reward = V::load(tile.rewards.at(i, c));
           if constexpr (Op::kValues) in.value = V::load(tile.values.at(i, c));
           if constexpr (Op::kRatios) in.log_rho = V::load(tile.log_rhos.at(i, c));
@@ -347,7 +310,7 @@ void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int6
         Transition<V, M> transition[kGroup];
         Step<V, M> step[kGroup];
         _Pragma("GCC unroll 4") for (int j = 0; j < kGroup; ++j) {
-          Inputs<T> in;
+          Inputs<V, M> in{};
           in.reward = reward[j];
           in.next = V(T(0));
           if constexpr (Op::kValues) in.value = value[j], in.next = following[j];

@@ -1,6 +1,6 @@
 // Advantage estimators as one backward recurrence, x_t = a_t + b_t·x_{t+1}, and what each of them puts into a and b.
 #pragma once
-#include "number.h"
+#include "elementary.h"
 
 namespace pf {
 namespace PF_ISA {
@@ -57,6 +57,41 @@ struct Transition {
   V reward, value, bootstrap, ratio;
   M cut;
 };
+
+// Which inputs a scan has, and what is read of one step. `partial`: some steps lie outside the sequence.
+struct Presence {
+  bool terminated, truncated, mask, carry, partial;
+};
+template <class V, class M>
+struct Inputs {
+  V reward, value, log_rho, next, final;
+  M terminated, truncated, keep, inside;
+};
+
+// From what was read to the transition and its step.
+template <class Op, class V, class M>
+PF_FN Step<V, M> open_step(const Op& op, const Presence& has, const Inputs<V, M>& in, const V& gamma, const V& decay,
+                           Transition<V, M>& x) {
+  using T = scalar_t<V>;
+  const V zero(T(0));
+  x.reward = has.mask ? select(in.keep, in.reward, zero) : in.reward;
+  if constexpr (Op::kValues) x.value = has.mask ? select(in.keep, in.value, zero) : in.value;
+  if constexpr (Op::kRatios) x.ratio = exp_of(has.mask ? select(in.keep, in.log_rho, zero) : in.log_rho);
+  x.bootstrap = in.next;
+  x.cut = M(zero != zero);
+  if (has.truncated) {
+    x.bootstrap = select(in.truncated, in.final, x.bootstrap);
+    x.cut = in.truncated;
+  }
+  if (has.terminated) {
+    x.bootstrap = select(in.terminated, zero, x.bootstrap);
+    x.cut = M(x.cut | in.terminated);
+  }
+  auto step = op.step(x, gamma, decay);
+  if (has.mask && has.carry) step = pass_where(M(!in.keep), step);
+  if (has.partial) step = pass_where(M(!in.inside), step);
+  return step;
+}
 
 // Each estimator: which inputs it has, its step, and its outputs from x_t and x_{t+1}. `decay` is what it makes of γ
 // and λ once per column, in float64.

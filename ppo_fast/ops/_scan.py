@@ -228,6 +228,13 @@ def final_grid(backend: _backend.Backend, final_values: Final, rewards: Tensor) 
     return grid
 
 
+def borders(backend: _backend.Backend, cu_seqlens: Tensor | None) -> Tensor | None:
+    """cu_seqlens as the backend takes them: a GPU's kernels read them where they lie, as int64."""
+    if backend.name == "cpu" or not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype is not torch.int32:
+        return cu_seqlens
+    return cu_seqlens.long()
+
+
 # --- more than two dimensions ------------------------------------------------------------------------------------------
 
 

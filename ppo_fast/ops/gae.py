@@ -123,8 +123,8 @@ def _fill(backend, rewards, values, last_values, terminated, truncated, final_va
     else:
         advantages, returns = out
     final_values = _scan.final_grid(backend, final_values, rewards)
-    backend.ops.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
-                    gamma, lam, time_dim, double, advantages, returns, backend.resources())  # fmt: skip
+    backend.ops.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode,
+                    _scan.borders(backend, cu_seqlens), gamma, lam, time_dim, double, advantages, returns, backend.resources())  # fmt: skip
     return advantages, returns
 
 

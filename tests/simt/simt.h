@@ -103,6 +103,10 @@ inline unsigned __ballot_sync(unsigned mask, bool on) { return pf::simt::ballot(
 inline bool __any_sync(unsigned mask, bool on) { return pf::simt::ballot(mask, on) != 0; }
 inline bool __all_sync(unsigned mask, bool on) { return pf::simt::ballot(mask, on) == mask; }
 
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
+  std::memset(to, byte, bytes);
+  return cudaSuccess;
+}
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 template <class T>
