@@ -14,6 +14,7 @@ import ppo_fast as pf
 from ppo_fast import _C
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60, print_blob=True)
+hypothesis.settings.register_profile("short", derandomize=True, deadline=None, max_examples=12)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

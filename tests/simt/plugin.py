@@ -16,7 +16,7 @@ import torch
 
 from ppo_fast import _backend, _workspace
 
-_SEED = int(os.environ.get("PF_SIMT_SEED", "1"))
+_SEED, _BLOCKS = int(os.environ.get("PF_SIMT_SEED", "1")), int(os.environ.get("PF_SIMT_BLOCKS", "3"))
 
 
 def _load():
@@ -32,7 +32,7 @@ reports = torch.full((module.SLOTS, 2), -1, dtype=torch.int64)
 
 def pytest_configure(config):
     module.set_reports(reports.data_ptr())
-    module.set_schedule(_SEED, 3)
+    module.set_schedule(_SEED, _BLOCKS)
     _backend._cpu = _backend.Backend("cuda", module, lambda: _workspace, True)
 
 
@@ -40,6 +40,7 @@ def pytest_configure(config):
 NOT_HERE = {
     "isa": "instruction sets",
     "thread": "threads",
+    "cache": "the caches of a CPU, and minutes for so many fibers",
     "compile": "torch.compile looks at the device of tensors",
     "opcheck": "torch.compile looks at the device of tensors",
     "registered": "torch.compile looks at the device of tensors",
