@@ -1,7 +1,7 @@
 # Two commands matter: `make train` and `make test`. `make` alone lists the rest.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test bench build lint types format wheel clean
+.PHONY: help train test bench build simt lint types format wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ ARGS ?=
 # One folder of objects for every build in .venv, so that a changed source recompiles what depends on it and no more.
 export PPO_FAST_BUILD_DIR := build/venv
 
-CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
+CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
 
 help:
 	@echo 'make train   install into .venv and train PPO on CartPole until it is solved    ARGS="--seed 2"'
@@ -30,7 +30,7 @@ train: build
 
 # What lint finds does not keep the tests from running; their summary comes last. Two threads a process, which sleep
 # when they wait. Tests that share an expensive fixture name a group and stay together.
-test: build
+test: build simt
 	@failed=0; \
 	$(MAKE) --no-print-directory lint || { failed=1; echo 'lint FAILED (above); the tests run all the same'; }; \
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE \
@@ -41,6 +41,10 @@ bench: build
 	$(BIN)/ppo-fast bench $(ARGS)
 
 build: $(VENV)/built
+
+# The CUDA kernels as C++, for tests/test_simt.py: run as fibers on the CPU, with every access checked.
+simt: build
+	@[ "$$(uname)" != Linux ] || $(BIN)/cmake --build $(PPO_FAST_BUILD_DIR) --target simt -- --quiet
 
 lint: $(VENV)/installed
 	@failed=0; \

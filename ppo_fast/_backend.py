@@ -57,7 +57,7 @@ def _load_cuda() -> Backend | None:
         except ImportError as error:
             why = f"ppo_fast._C_cuda cannot be imported: {error}"
         else:
-            return Backend("cuda", module, lambda: _workspace, True)
+            return Backend("cuda", module, lambda: _workspace.of(module), True)
     _WHY_NOT["cuda"] = why
     return None
 

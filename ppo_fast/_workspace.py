@@ -3,6 +3,9 @@ stream, so that it may be given away again as soon as the launch is queued."""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,3 +42,29 @@ def _next(device_type: str, index: int) -> Tensor:
         used = 0
     _free[device_type, index] = batch, used + 1
     return batch[used : used + 1]
+
+
+# --- labels that kernels refused --------------------------------------------------------------------------------------
+
+_reports: dict[str, tuple[Tensor, Any]] = {}  # by the module that has them
+
+
+def of(module):
+    """This module, as the resources of a call of `module`, which is told where to note labels out of range: in memory
+    that the GPU writes and the CPU reads, so that nobody waits."""
+    if module.__name__ not in _reports:
+        memory = torch.full((module.SLOTS, 2), -1, dtype=torch.int64).pin_memory()
+        module.set_reports(memory.data_ptr())
+        _reports[module.__name__] = memory, module
+    return sys.modules[__name__]
+
+
+def raise_reported() -> None:
+    """ValueError for a label out of range that a kernel met, where that is known by now."""
+    for _, module in _reports.values():
+        module.raise_reported()
+
+
+def stream(index: int) -> int:
+    """The current stream, for tensors of libraries that do not tell."""
+    return torch.cuda.current_stream(index).cuda_stream

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._workspace import raise_reported
 from .config import STATS
 
 _INDEX = {name: i for i, name in enumerate(STATS)}
@@ -32,8 +33,11 @@ class Stats:
         return Stats, (self.vector,)
 
     def to_dict(self) -> dict[str, float]:
-        """All statistics as Python floats; one device-to-host copy."""
-        return dict(zip(STATS, self.vector.tolist(), strict=True))
+        """All statistics as Python floats; one device-to-host copy. Raises for labels out of range that the loss met on a
+        GPU."""
+        numbers = self.vector.tolist()
+        raise_reported()
+        return dict(zip(STATS, numbers, strict=True))
 
     def __repr__(self) -> str:
         return "Stats(" + ", ".join(f"{name}={value:.6g}" for name, value in self.to_dict().items()) + ")"

@@ -124,7 +124,8 @@ def _fill(backend, rewards, values, last_values, terminated, truncated, final_va
         advantages, returns = out
     final_values = _scan.final_grid(backend, final_values, rewards)
     backend.ops.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode,
-                    _scan.borders(backend, cu_seqlens), gamma, lam, time_dim, double, advantages, returns, backend.resources())  # fmt: skip
+                    _scan.borders(backend, cu_seqlens), gamma, lam, time_dim, double, advantages, returns,
+                    backend.resources())  # fmt: skip
     return advantages, returns
 
 
