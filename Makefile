@@ -18,12 +18,14 @@ help:
 	@echo 'make train   install into .venv and train PPO on CartPole until it is solved    ARGS="--seed 2"'
 	@echo 'make test    install into .venv and run every check: style, types, tests        ARGS="-k gae"'
 	@echo 'make bench   measure every op and the trainer against their peers               ARGS="--help"'
+	@echo 'make gpu     on a machine with an NVIDIA GPU and a torch of its own, offline: build, test, sanitize, measure'
 	@echo 'make build   compile what changed; an editable install then runs it'
 	@echo 'make lint    ruff, clang-format, mypy'
 	@echo 'make format  rewrite the sources in the style that lint asks for'
 	@echo 'make wheel   a wheel and a source archive in dist/'
 	@echo 'make clean   remove .venv and everything built; runs/ stays'
-	@echo 'Variables:   PYTHON=python3.12 (makes .venv), TEST_JOBS=4 (test processes)'
+	@echo 'Variables:   PYTHON=python3.12 (makes .venv; runs make gpu), TEST_JOBS=4 (test processes)'
+	@echo '             PARTS="build test sanitize bench" (of make gpu)'
 
 train: build
 	$(BIN)/ppo-fast train control --env-id CartPole-v1 --run-dir runs/CartPole-v1 $(ARGS)
@@ -39,6 +41,10 @@ test: build simt
 
 bench: build
 	$(BIN)/ppo-fast bench $(ARGS)
+
+# No .venv: PYTHON's own torch, no network. PARTS="test" runs one part; bench/gpu.sh says what else can be set.
+gpu:
+	@PYTHON='$(PYTHON)' PARTS='$(PARTS)' ARGS='$(ARGS)' bench/gpu.sh
 
 build: $(VENV)/built
 

@@ -117,8 +117,7 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   const auto e = exponential(d);
   const T ratio = e.value;
   sums.k3 += e.beyond_linear, sums.log_ratio += d, sums.ratio += ratio;
-  const double wide = ratio == std::numeric_limits<T>::infinity() ? exp(static_cast<double>(d)) : ratio;
-  sums.ratio2 += wide * wide;
+  sums.ratio2 += static_cast<double>(ratio) * ratio;  // no square of a float leaves the range of double
   sums.ratio_min = smaller_or_second(ratio, sums.ratio_min), sums.ratio_max = larger_or_second(ratio, sums.ratio_max);
 
   const T advantage = setup.scale.normalize ? (x.advantage - setup.scale.shift) * setup.scale.inverse : x.advantage;

@@ -101,8 +101,7 @@ struct Segment {
     in.reward = reward[j], in.value = value[j], in.log_rho = log_rho[j], in.next = next, in.final = T(0);
     in.terminated = terminated >> j & 1, in.truncated = truncated >> j & 1;
     in.keep = keep >> j & 1, in.inside = inside >> j & 1;
-    const bool passed = a.mask.data && a.carry && !in.keep;
-    if (in.truncated && !in.terminated && in.inside && !passed) in.final = grid_element<T>(a.final_values, t + j, n);
+    if (in.truncated && !in.terminated && in.inside) in.final = grid_element<T>(a.final_values, t + j, n);
     return open_step(op, presence(a), in, gamma, decay, x);
   }
 
