@@ -43,7 +43,7 @@ STATS = (
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Definition of a PPO loss. Frozen: anneal with `dataclasses.replace(config, clip_low=...)`.
+    """Definition of a PPO loss. Frozen: anneal with `dataclasses.replace(config, clip_low=...)`, or `on` a device.
 
     Per token, with d = log_prob - old_log_prob, r = exp(d) and advantage A, all minimised:
 
@@ -137,6 +137,16 @@ class LossConfig:
         """`numbers()` as a float64 tensor on the CPU, for registered ops."""
         return self.__dict__["_vector"]
 
+    @property
+    def device_numbers(self) -> torch.Tensor | None:
+        """The same vector in memory of a GPU, which kernels there read in place of `numbers()`; see `on`."""
+        return None
+
+    def on(self, device: torch.device | str) -> DeviceLossConfig:
+        """The same loss with numbers that can be set, and that a captured CUDA graph reads at each replay."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(LossConfig)}
+        return DeviceLossConfig(**fields, device=device)
+
     def numbers(self) -> tuple[float, ...]:
         """`NUMBERS` in order, absent ones as NaN: what kernels and registered ops take."""
         return tuple(math.nan if (v := getattr(self, name)) is None else v for name in NUMBERS)
@@ -159,6 +169,50 @@ class LossConfig:
         if name not in PRESETS:
             raise ValueError(f"LossConfig.preset: name must be one of {sorted(PRESETS)}, got {name!r}")
         return dataclasses.replace(PRESETS[name], **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceLossConfig(LossConfig):
+    """A `LossConfig` whose numbers `set` changes in place; made by `config.on(device)`, for losses on that device.
+
+    They lie in its memory too, so kernels captured in a CUDA graph read at each replay what was set last. A call whose
+    backend is the reference, or that torch.compile traced, reads the host's numbers: right too, but for a graph, where
+    they stay as they were captured. It has a state, so it equals nothing but itself.
+    """
+
+    device: torch.device | str = "cpu"
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.__dict__["_on_device"] = self.numbers_vector.to(self.device)
+
+    @property
+    def device_numbers(self) -> torch.Tensor:
+        return self.__dict__["_on_device"]
+
+    def set(self, **numbers: float | None) -> None:
+        """Changes fields of `NUMBERS`, e.g. `set(clip_low=0.1, clip_high=0.1)`; the device is not waited for.
+
+        In the order of its current stream: later calls and replays there see the new values, earlier ones do not.
+        Switching a feature on or off would change the kernels themselves: ValueError, as for a value out of range.
+        """
+        before = {field.name: getattr(self, field.name) for field in dataclasses.fields(LossConfig)}
+        for name, value in numbers.items():
+            if name not in NUMBERS:
+                raise ValueError(f"DeviceLossConfig: set takes the fields {NUMBERS}, got {name!r}")
+            if (value is None) != (before[name] is None):
+                state = "off" if value is not None else "on"
+                raise ValueError(f"DeviceLossConfig: {name} is {state} and must stay so, got {value}")
+        LossConfig(**{**before, **numbers})  # its checks, before anything changes
+        self.__dict__.update(numbers)
+        self.__dict__.pop("_packed", None)
+        for name, value in numbers.items():
+            if value is not None:
+                for vector in (self.numbers_vector, self.device_numbers):
+                    vector[NUMBERS.index(name)].fill_(value)
 
 
 def _presets() -> dict[str, LossConfig]:

@@ -188,10 +188,12 @@ class _Call:
 
 
 def packed(config: LossConfig, backend: _backend.Backend):
-    """The config as the backend has it, made once."""
+    """The config as the backend has it, made once. It may point to `device_numbers`, which the config keeps alive."""
     kept = config.__dict__.get("_packed")
     if kept is None or kept[0] is not backend:
-        kept = config.__dict__["_packed"] = backend, backend.ops.LossParams(config.numbers(), config.choices())
+        on_device = None if backend.name == "cpu" else config.device_numbers
+        params = backend.ops.LossParams(config.numbers(), config.choices(), on_device)
+        kept = config.__dict__["_packed"] = backend, params
     return kept[1]
 
 

@@ -49,6 +49,15 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def on_host(state: Any) -> Any:
+    """A copy of plain data whose tensors lie in host memory, so that any machine can load it."""
+    if isinstance(state, dict):
+        return {key: on_host(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(on_host, state))
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch's own file writer turns a full disk into an obscure RuntimeError
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -39,6 +40,12 @@ class ControlConfig:
 
     total_timesteps: int = 500_000
     """Environment steps over all environments; rounded down to whole iterations of num-envs x num-steps."""
+
+    device: str = "cpu"
+    """Where networks, rollout and updates are: cpu, cuda or cuda:<number>."""
+
+    cuda_graph: bool = False
+    """With --device cuda: record the step on a minibatch once, as a CUDA graph, and replay it: same arithmetic."""
 
     num_envs: int = 4
     """Environments that are stepped side by side."""
@@ -75,6 +82,9 @@ class ControlConfig:
 
     clip_coef: float = 0.2
     """How far the probability ratio may move from 1 before its gradient stops."""
+
+    anneal_clip: bool = False
+    """Lower clip-coef linearly to 0 over the run."""
 
     clip_value_loss: bool = True
     """Also keep new values within clip-coef of the old ones."""
@@ -210,6 +220,15 @@ def validate(config: ControlConfig) -> None:
             _check_choice(name, value, hint)
     if not config.env_id:
         raise UserError("--env-id: expected the id of a gymnasium environment, got ''")
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", config.device):
+        raise UserError(f"--device: expected cpu, cuda or cuda:<number>, got {config.device!r}")
+    if config.cuda_graph and config.device == "cpu":
+        raise UserError("--cuda-graph: expected --device cuda, got cpu")
+    if config.cuda_graph and config.autoreset != "same_step":
+        raise UserError(
+            "--cuda-graph: expected --autoreset same_step, got next_step, whose minibatches vary in length: they leave out "
+            "the steps that it spends on resets"
+        )
     if config.num_minibatches > config.batch_size:
         raise UserError(
             f"--num-minibatches: expected at most num-envs x num-steps = {config.batch_size}, "

@@ -9,7 +9,6 @@ resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import random
 import time
@@ -23,10 +22,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ppo_fast.config import STATS
-
 from . import checkpoint
 from .config import ControlConfig
+from .device import find_device
 from .envs import MakeEnv, make_envs, replay_states, restore
 from .errors import UserError, one_line
 from .learner import Learner
@@ -59,7 +57,7 @@ class Trainer:
     """The state of a run and one iteration of it; no files, no output."""
 
     def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
-        self.config = config
+        self.config, self.device = config, find_device(config)
         random.seed(config.seed)  # the global generators are for environments that use them
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -75,7 +73,7 @@ class Trainer:
         config, envs = self.config, self.envs
         codec, policy = ObservationCodec(envs.single_observation_space), make_policy(envs.single_action_space)
         sizes = codec.dim, policy.num_params, policy.num_log_std, config.hidden_sizes
-        self.net = ActorCritic(*sizes, config.initial_log_std, self.generator)
+        self.net = ActorCritic(*sizes, config.initial_log_std, self.generator).to(self.device)
         self.obs_normalizer = ObservationNormalizer(codec.dim) if config.normalize_observations else None
         self.reward_normalizer = RewardNormalizer(config.num_envs, config.gamma) if config.normalize_rewards else None
         self.collector = Collector(config, envs, codec, policy, self.net, self.obs_normalizer, self.generator)
@@ -87,38 +85,38 @@ class Trainer:
             raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
         self.collector.begin(obs, info)
 
-    def learning_rate(self) -> float:
-        config = self.config
-        share = 1.0 - self.now.iteration / config.num_iterations if config.anneal_lr else 1.0
-        return config.learning_rate * share
+    def _clock(self) -> float:
+        """The time at a border of two phases, where everything that was asked of a GPU is waited for."""
+        if self.device.type != "cpu":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def iterate(self) -> tuple[list[Episode], dict[str, Any]]:
         """One rollout and one update; the episodes that ended and a row of `PROGRESS_COLUMNS`."""
-        now, learning_rate = self.now, self.learning_rate()
-        timing = now.timing
-        start = time.perf_counter()
+        config, now = self.config, self.now
+        timing, left = now.timing, 1.0 - now.iteration / config.num_iterations
+        learning_rate = config.learning_rate * (left if config.anneal_lr else 1.0)
+        start = self._clock()
         self.collector.collect()
         episodes = self.collector.episodes(now.global_step)
-        collected = time.perf_counter()
+        collected = self._clock()
         batch = self.learner.batch(self.collector, self.reward_normalizer)
         rows = torch.from_numpy(np.flatnonzero(self.collector.valid))
-        estimated = time.perf_counter()
-        stats, _ = self.learner.update(batch, rows, learning_rate)
-        updated = time.perf_counter()
+        estimated = self._clock()
+        stats, _ = self.learner.update(batch, rows, learning_rate, left)
+        named: dict[str, Any] = {**self.learner.named_statistics(stats, batch, rows)}
+        updated = self._clock()
         timing.rollout += collected - start
         timing.advantage += estimated - collected
         timing.update += updated - estimated
 
         now.iteration += 1
-        now.global_step += self.config.batch_size
+        now.global_step += config.batch_size
         now.episodes += len(episodes)
         now.recent.extend(episode.ret for episode in episodes)
-        named = dict(zip((*STATS, "grad_norm"), stats.tolist(), strict=True))
-        explained = explained_variance(batch.values[rows], batch.returns[rows])
         named.update(
             global_step=now.global_step, iteration=now.iteration, episodes=now.episodes, mean_return=now.mean_return,
-            learning_rate=learning_rate, explained_variance=explained,
-            steps_per_second=self.config.batch_size / (updated - start),
+            learning_rate=learning_rate, steps_per_second=config.batch_size / (updated - start),
         )  # fmt: skip
         return episodes, {name: named[name] for name in PROGRESS_COLUMNS}
 
@@ -132,7 +130,7 @@ class Trainer:
         }
         learned = {"parameters": dict(self.net.state_dict()), "optimizer": self.learner.optimizer.state_dict()}
         return {
-            **copy.deepcopy(learned), "normalizers": normalizers,
+            **checkpoint.on_host(learned), "normalizers": normalizers,
             "generator": self.generator.get_state(), "global_rng": checkpoint.global_rng_state(),
             "envs": envs, "collector": self.collector.state_dict(),
             "now": {"global_step": now.global_step, "iteration": now.iteration, "episodes": now.episodes,
@@ -159,12 +157,6 @@ class Trainer:
 
     def close(self) -> None:
         self.envs.close()
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns); NaN where all returns are equal."""
-    variance = float(returns.var(correction=0))
-    return 1.0 - float((returns - values).var(correction=0)) / variance if variance > 0 else float("nan")
 
 
 def _loop(session: Session, console: Console) -> bool:
@@ -200,6 +192,8 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
     torch.set_num_threads(config.threads)
     try:
         with warnings.catch_warnings():
+            # torch's, of steps without a graph: ours warm up for one
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
             # a failing worker's traceback, printed by gymnasium; its error reaches us as an exception as well
             warnings.filterwarnings("ignore", r"(?s).*ERROR: ", UserWarning, "gymnasium")
             return _train(config, make_env, console)
@@ -214,9 +208,10 @@ def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console) ->
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(f'{package} is not installed: pip install "ppo_fast[control]", or go without by {without}')
-    state = load_checkpoint(config)
+    state, device = load_checkpoint(config), find_device(config)
+    current = torch.cuda.device(-1 if device.type == "cpu" else device)  # -1: leaves it
     # before the folder, so that a mistake found here leaves no trace
-    with contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
+    with current, contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
         try:
             return _train_in(run, trainer, state, console)
         except OSError as error:

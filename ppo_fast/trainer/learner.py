@@ -1,7 +1,12 @@
-"""From a rollout to new parameters: advantages, then epochs of minibatches."""
+"""From a rollout to new parameters: advantages, then epochs of minibatches.
+
+On a GPU nothing here waits for it but `named_statistics`, and after each epoch `target_kl`. What changes from one
+iteration to the next, learning rate and clip, is read by the kernels from memory, as a graph holds no other numbers.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,24 +17,21 @@ import ppo_fast as pf
 from ppo_fast.config import STATS
 
 from .config import ControlConfig
+from .device import upload
 from .errors import UserError
 from .networks import ActorCritic
 from .normalize import RewardNormalizer
 from .policies import Batch, Policy
+from .replay import CudaGraphs, Minibatches, Replay
 from .rollout import Collector
 
 _APPROX_KL = STATS.index("approx_kl")
 
 
-def loss_config(config: ControlConfig) -> pf.LossConfig:
-    return pf.LossConfig(
-        clip_low=min(config.clip_coef, 1.0),
-        clip_high=config.clip_coef,
-        value_clip=config.clip_coef if config.clip_value_loss else None,
-        value_coef=config.value_coef,
-        entropy_coef=config.entropy_coef,
-        normalize_advantages=config.normalize_advantages,
-    )
+def clips(config: ControlConfig, share: float) -> dict[str, Any]:
+    """The numbers of a loss that `share` of the clip range gives."""
+    clip = config.clip_coef * share
+    return {"clip_low": min(clip, 1.0), "clip_high": clip, **({"value_clip": clip} if config.clip_value_loss else {})}
 
 
 class Learner:
@@ -37,14 +39,29 @@ class Learner:
 
     def __init__(self, config: ControlConfig, policy: Policy, net: ActorCritic, generator: torch.Generator) -> None:
         self.config, self.policy, self.net, self.generator = config, policy, net, generator
-        self.loss_config = loss_config(config)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True)
+        self.device = net.log_std.device
+        self.parameters = list(net.parameters())
+        self.loss_config = pf.LossConfig(
+            **clips(config, 1.0), value_coef=config.value_coef, entropy_coef=config.entropy_coef,
+            normalize_advantages=config.normalize_advantages,
+        ).on(self.device)  # fmt: skip
+        # the types that torch's fused kernels take: the CPU's reads a double, that of a GPU a float
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        self.learning_rate = torch.tensor(config.learning_rate, dtype=dtype, device=self.device)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=self.learning_rate, eps=config.adam_eps, fused=True, capturable=config.cuda_graph
+        )
+        self.minibatches = Replay(self.step, CudaGraphs(self.device)) if config.cuda_graph else Minibatches(self.step)
 
     @torch.no_grad()
     def batch(self, rollout: Collector, normalizer: RewardNormalizer | None) -> Batch:
         """Values, log-probabilities, advantages and returns of a rollout."""
         t, n = rollout.rewards.shape
         net, policy = self.net, self.policy
+
+        def there(x: np.ndarray) -> Tensor:
+            return upload(torch.from_numpy(x), self.device)
+
         raw = rollout.rewards
         done = rollout.terminated | rollout.truncated
         rewards = raw if normalizer is None else normalizer(raw, done, rollout.valid)
@@ -52,13 +69,13 @@ class Learner:
         final_values = rollout.final_values(values)
         filler = self.config.autoreset == "next_step"
         advantages, returns = pf.gae(
-            torch.from_numpy(rewards.astype(np.float32)),
+            there(rewards.astype(np.float32)),
             values[:-1],
             values[-1],
-            terminated=torch.from_numpy(rollout.terminated),
-            truncated=None if final_values is None else torch.from_numpy(rollout.truncated & ~rollout.terminated),
+            terminated=there(rollout.terminated),
+            truncated=None if final_values is None else there(rollout.truncated & ~rollout.terminated),
             final_values=final_values,
-            mask=torch.from_numpy(rollout.valid) if filler else None,
+            mask=there(rollout.valid) if filler else None,
             gamma=self.config.gamma,
             lam=self.config.gae_lambda,
         )
@@ -66,43 +83,62 @@ class Learner:
         mask = None if rollout.masks is None else rollout.masks[:-1].reshape(t * n, -1)
         if mask is not None and filler:
             # a terminal state may allow nothing; its row is never used, but must not look like bad input to an op
-            mask = mask | ~torch.from_numpy(rollout.valid).view(-1, 1)
+            mask = mask | ~there(rollout.valid).view(-1, 1)
         log_prob = policy.log_prob(rollout.params.view(t * n, -1), net.log_std, actions, mask)
         obs = rollout.obs[:-1].reshape(t * n, -1)
         return Batch(obs, actions, mask, log_prob, values[:-1].reshape(-1), advantages.reshape(-1), returns.reshape(-1))
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """As `optimizer.load_state_dict`, which does not compare shapes."""
-        shapes = {i: p.shape for i, p in enumerate(self.net.parameters())}
+        shapes = {i: p.shape for i, p in enumerate(self.parameters)}
         for i, moments in state["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != shapes.get(i):
                     raise ValueError(f"{name} of shape {tuple(moments[name].shape)} for parameter {i}")
         self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate  # not the copy that was loaded
+        self.minibatches.reset()
 
-    def update(self, batch: Batch, rows: Tensor, learning_rate: float) -> tuple[Tensor, int]:
+    def step(self, batch: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
+        """One gradient step: statistics of the loss, and the norm of the gradient."""
+        params, values = self.net(batch.obs[index])
+        out = self.policy.loss(params, self.net.log_std, values, batch, index, self.loss_config)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        return out.stats.vector, norm
+
+    def update(self, batch: Batch, rows: Tensor, learning_rate: float, clip_share: float = 1.0) -> tuple[Tensor, int]:
         """Epochs over the `rows` of a batch; mean statistics (and gradient norm, last) and the gradient steps taken."""
-        config, net, optimizer = self.config, self.net, self.optimizer
-        parameters = list(net.parameters())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        config = self.config
+        self.learning_rate.fill_(learning_rate)
+        if config.anneal_clip:
+            self.loss_config.set(**clips(config, clip_share))
+        self.minibatches.begin(batch)
         stats, norms = [], []
         for _ in range(config.update_epochs):
-            order = rows[torch.randperm(len(rows), generator=self.generator)]
+            order = upload(rows[torch.randperm(len(rows), generator=self.generator)], self.device)
             for index in order.tensor_split(min(config.num_minibatches, len(rows))):
-                params, values = net(batch.obs[index])
-                out = self.policy.loss(params, net.log_std, values, batch, index, self.loss_config)
-                optimizer.zero_grad()
-                out.loss.backward()
-                norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-                optimizer.step()
-                stats.append(out.stats.vector)
+                statistics, norm = self.minibatches(index)
+                stats.append(statistics)
+                norms.append(norm)
             if config.target_kl is not None and float(stats[-1][_APPROX_KL]) > config.target_kl:
                 break
-        norm = torch.stack(norms).mean()
-        if not torch.isfinite(norm):
+        return torch.cat([torch.stack(stats).mean(0), torch.stack(norms).mean()[None]]), len(stats)
+
+    def named_statistics(self, stats: Tensor, batch: Batch, rows: Tensor) -> dict[str, float]:
+        """What `update` returned and how well the values explained the returns, read from the device at once."""
+        rows = upload(rows, self.device)
+        returns = batch.returns[rows]
+        variances = [x.var(correction=0) for x in (returns, returns - batch.values[rows])]
+        *means, variance, unexplained = torch.cat([stats, torch.stack(variances)]).tolist()
+        named = dict(zip((*STATS, "grad_norm"), means, strict=True))
+        if not math.isfinite(named["grad_norm"]):
+            config = self.config
             raise UserError(
                 "training diverged: the gradient is not finite; expected a lower --learning-rate or --clip-coef "
                 f"than {config.learning_rate:g} and {config.clip_coef:g}, or rewards of smaller scale"
             )
-        return torch.cat([torch.stack(stats).mean(0), norm[None]]), len(stats)
+        return {**named, "explained_variance": 1.0 - unexplained / variance if variance > 0 else math.nan}

@@ -30,6 +30,13 @@ class Batch:
         self.obs, self.actions, self.action_mask, self.log_prob = obs, actions, action_mask, log_prob
         self.values, self.advantages, self.returns = values, advantages, returns
 
+    def take(self, other: Batch) -> None:
+        """The rows of `other` into the memory of this one, which a CUDA graph reads; shared buffers hold them already."""
+        for name in self.__slots__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and mine.data_ptr() != theirs.data_ptr():
+                mine.copy_(theirs)
+
 
 class Policy(Protocol):
     num_params: int  # outputs of the policy network

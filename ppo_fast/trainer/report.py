@@ -177,6 +177,7 @@ def summary(config: ControlConfig, now: Snapshot, files: list[tuple[str, Path]])
     if spec is not None and spec.reward_threshold is not None:
         solved = len(now.recent) == WINDOW and now.mean_return >= spec.reward_threshold
         table.add_row("solved", f"{'yes' if solved else 'no'} (gymnasium asks for {spec.reward_threshold:g})")
+    table.add_row("device", config.device + (", a CUDA graph for each minibatch" if config.cuda_graph else ""))
     table.add_row("time", f"{timing.total:.1f} s")
     table.add_row("steps per second", f"{timing.rate(now.global_step):,.0f}")
     for name in ("rollout", "advantage", "update", "other"):

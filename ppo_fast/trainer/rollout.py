@@ -3,6 +3,10 @@
 Per step only what the next action needs is computed: the policy network and one sample. Values, log-probabilities and
 episode statistics follow once for the whole rollout.
 
+Environments live on the host, and so do the running statistics of what comes from them: they are finished with an
+observation before a GPU could start. The networks, what they see, and actions are on the device. A step on a GPU copies
+observations there and waits once, for the actions. Random numbers are drawn on the host: the same on every device.
+
 Conventions, for both autoreset modes: `terminated[t]` and `truncated[t]` belong to the transition that starts at
 `obs[t]`. `valid[t]` is False for the filler steps of next-step autoreset, where the environment ignores the action and
 resets. The final observation of a truncated episode is `obs[t + 1]` in next-step mode, and in `finals` in same-step
@@ -19,6 +23,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from .config import ControlConfig
+from .device import Twin, upload
 from .errors import UserError, one_line
 from .networks import ActorCritic, without_modules
 from .normalize import ObservationNormalizer
@@ -48,17 +53,19 @@ class Collector:
     ) -> None:
         self.config, self.envs, self.codec, self.policy, self.net = config, envs, codec, policy, net
         self.normalizer, self.generator = normalizer, generator
-        t, n = config.num_steps, config.num_envs
-        self.obs = torch.zeros(t + 1, n, codec.dim)  # what the networks see
-        self.raw_obs = self.obs if normalizer is None else torch.zeros_like(self.obs)
-        self.params = torch.zeros(t, n, policy.num_params)
-        self.noise = torch.zeros(t, n, policy.num_params)
-        self.actions = torch.zeros((t, n, *policy.action_shape), dtype=policy.action_dtype)
+        t, n, self.device = config.num_steps, config.num_envs, net.log_std.device
+        self.seen = Twin((t + 1, n, codec.dim), self.device)
+        self.obs = self.seen.device  # what the networks see
+        self.raw_obs = self.seen.host if normalizer is None else torch.zeros_like(self.seen.host)
+        self.params = torch.zeros(t, n, policy.num_params, device=self.device)
+        self.noise = Twin((t, n, policy.num_params), self.device)
+        self.acted = Twin((t, n, *policy.action_shape), self.device, policy.action_dtype)
+        self.actions = self.acted.device
         self.rewards = np.zeros((t, n))
         self.terminated = np.zeros((t, n), bool)
         self.truncated = np.zeros((t, n), bool)
         self.valid = np.ones((t, n), bool)
-        self.masks: Tensor | None = None
+        self.allowed: Twin | None = None
         self.final_index: list[int] = []  # same-step mode: t * N + n of each truncation, and the last observation
         self.final_obs: list[np.ndarray] = []
         self.resetting = np.zeros(n, bool)  # next-step mode: the coming step is a filler
@@ -72,41 +79,49 @@ class Collector:
         self.mask_reader = MaskReader(self.codec, self.policy.mask_width, obs, info)
         if self.mask_reader.active:
             shape = (self.config.num_steps + 1, self.config.num_envs, self.policy.mask_width)
-            self.masks = torch.ones(shape, dtype=torch.bool)
-            self.mask_reader.write(obs, info, self.masks[-1].numpy())
+            self.allowed = Twin(shape, self.device, torch.bool)
+            self.allowed.host.fill_(True)
+            self.mask_reader.write(obs, info, self.allowed.host[-1].numpy())
         self._rows = self._views()
+
+    @property
+    def masks(self) -> Tensor | None:
+        return None if self.allowed is None else self.allowed.device
 
     def _views(self) -> tuple[Any, ...]:
         """The rows of all buffers, once: slicing them in every rollout takes as long as an update step."""
-        tensors = self.obs, self.params, self.noise, self.actions
+        tensors = self.obs, self.params, self.noise.device, self.actions, self.acted.host
         masks = [None] * len(self.obs) if self.masks is None else self.masks.unbind()
-        return *(x.unbind() for x in tensors), masks, list(self.raw_obs.numpy()), list(self.actions.numpy())
+        return *(x.unbind() for x in tensors), masks, list(self.raw_obs.numpy()), list(self.acted.host.numpy())
 
     def collect(self) -> None:
         """Fills the buffers with `num_steps` steps, starting where the last rollout ended."""
         self.raw_obs[0].copy_(self.raw_obs[-1].clone())
-        if self.masks is not None:
-            self.masks[0].copy_(self.masks[-1].clone())
+        if self.allowed is not None:
+            self.allowed.host[0].copy_(self.allowed.host[-1].clone())
         self.final_index, self.final_obs = [], []
         self.valid[:] = True
-        self.policy.noise(self.noise, self.generator)
+        self.policy.noise(self.noise.host, self.generator)
+        self.noise.upload()
         with torch.inference_mode():
             self._loop()
-        self._normalize(len(self.rewards))
+        self._show(len(self.rewards))
         self._check()
 
     def _loop(self) -> None:
         actor, policy, log_std, step = without_modules(self.net.actor), self.policy, self.net.log_std, self.envs.step
-        obs, params, noise, actions, masks, raw_rows, action_rows = self._rows
-        same_step = self.config.autoreset == "same_step"
+        obs, params, noise, actions, host_actions, masks, raw_rows, action_rows = self._rows
+        same_step, apart = self.config.autoreset == "same_step", self.seen.apart
         for t in range(len(self.rewards)):
             if not same_step:
                 np.logical_not(self.resetting, out=self.valid[t])
             if self.normalizer is not None:
                 self.normalizer.moments.update(raw_rows[t][self.valid[t]])
-                self._normalize(t)
+            self._show(t)
             logits = params[t].copy_(actor(obs[t]))
             policy.sample(logits, log_std, noise[t], masks[t], actions[t])
+            if apart:
+                host_actions[t].copy_(actions[t])  # waits
             try:
                 next_obs, self.rewards[t], self.terminated[t], self.truncated[t], info = step(
                     policy.to_env(action_rows[t])
@@ -116,8 +131,8 @@ class Collector:
             self.codec.write(next_obs, raw_rows[t + 1])
             if info:
                 self._read_info(t, info)
-            if self.masks is not None:
-                self.mask_reader.write(next_obs, info, self.masks[t + 1].numpy())
+            if self.allowed is not None:
+                self.mask_reader.write(next_obs, info, self.allowed.host[t + 1].numpy())
             if not same_step:
                 np.logical_or(self.terminated[t], self.truncated[t], out=self.resetting)
 
@@ -126,15 +141,19 @@ class Collector:
             for n in np.flatnonzero(self.truncated[t] & ~self.terminated[t]):
                 self.final_index.append(t * self.config.num_envs + int(n))
                 self.final_obs.append(self.codec.one(info["final_obs"][n]))
-        if self.masks is None and MASK in info:
+        if self.allowed is None and MASK in info:
             raise UserError(
                 f'environment {self.config.env_id}: info["{MASK}"] came with a step but not with the first reset; '
                 "expected it with both"
             )
 
-    def _normalize(self, t: int) -> None:
+    def _show(self, t: int) -> None:
+        """Row t of observations and masks as the networks see it."""
         if self.normalizer is not None:
-            np.copyto(self.obs[t].numpy(), self.normalizer(self.raw_obs[t].numpy()), casting="same_kind")
+            np.copyto(self.seen.host[t].numpy(), self.normalizer(self.raw_obs[t].numpy()), casting="same_kind")
+        if self.seen.apart:
+            for twin in filter(None, (self.seen, self.allowed)):
+                twin.device[t].copy_(twin.host[t], non_blocking=True)
 
     def _check(self) -> None:
         """Broken environments are found before anything is learned from them."""
@@ -148,8 +167,8 @@ class Collector:
                 raise UserError(f"{name} returned a non-finite {what} (step {t} of the rollout, environment {n})")
         if not all(np.isfinite(obs).all() for obs in self.final_obs):
             raise UserError(f"{name} returned a non-finite final observation")
-        if self.masks is not None:
-            possible = self.masks[:-1].any(-1).numpy() | ~self.valid
+        if self.allowed is not None:
+            possible = self.allowed.host[:-1].any(-1).numpy() | ~self.valid
             if not possible.all():
                 t, n = np.argwhere(~possible)[0]
                 raise UserError(f"{name} allowed no action at all (step {t} of the rollout, environment {n})")
@@ -163,7 +182,8 @@ class Collector:
         rows = np.stack(self.final_obs)
         if self.normalizer is not None:
             rows = self.normalizer(rows).astype(np.float32)
-        return torch.tensor(self.final_index), self.net.critic(torch.from_numpy(rows)).view(-1)
+        index, seen = (upload(x, self.device) for x in (torch.tensor(self.final_index), torch.from_numpy(rows)))
+        return index, self.net.critic(seen).view(-1)
 
     def episodes(self, first_step: int) -> list[Episode]:
         """Episodes that ended in this rollout, in order; `first_step` is the run's step count before it."""
