@@ -180,15 +180,35 @@ PF_DEV void read_tokens(const LossArgs& a, int64_t i, int64_t at, bool (&on)[kSh
 #undef PF_TOKEN
 }
 
-// The end of every loss kernel: the last block to come turns the sums of all blocks into loss and statistics.
+// A row of the minibatch, for the losses that compute its log-prob: where the rollout has it, -1 where nowhere, and its
+// token; `on`: it is valid.
 template <class T>
-PF_DEV void finish_loss(const LossArgs& a, const LossSetup<T>& setup, const TokenSums<T>& mine, LossSums* partials,
+struct RowToken {
+  int64_t at = -1;
+  bool on[1] = {false};
+  Token<T> token[1] = {};
+
+  PF_DEV void read(const LossArgs& a, int64_t i, Offence* index_offence) {
+    at = gathered(a.index, i, a.stored, index_offence);
+    if (at >= 0) read_tokens<false>(a, i, at, on, token);
+  }
+  PF_DEV TokenGradients<T> loss(T log_prob, T entropy, const LossSetup<T>& setup, TokenSums<T>& sums) {
+    if (!on[0]) return {};
+    token[0].log_prob = log_prob, token[0].entropy = entropy;
+    return token_loss(token[0], setup, sums);
+  }
+};
+
+// The end of every loss kernel: the last block to come, where this is true, turns the sums of all blocks into loss and
+// statistics.
+template <class T>
+PF_DEV bool finish_loss(const LossArgs& a, const LossSetup<T>& setup, const TokenSums<T>& mine, LossSums* partials,
                         unsigned* ticket) {
   LossSums sums = sum_of_block<kWarps>(mine.widened());
   if (threadIdx.x == 0) partials[blockIdx.x] = sums;
-  if (!is_last_block(ticket)) return;
+  if (!is_last_block(ticket)) return false;
   sums = sum_of_partials<kWarps>(partials, static_cast<int>(gridDim.x));
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return true;
   const LossTotals totals{sums.policy,
                           sums.value,
                           sums.entropy,
@@ -212,6 +232,7 @@ PF_DEV void finish_loss(const LossArgs& a, const LossSetup<T>& setup, const Toke
   *static_cast<T*>(a.loss) = static_cast<T>(loss);
 #pragma unroll
   for (int i = 0; i < kStatCount; ++i) static_cast<T*>(a.stats)[i] = static_cast<T>(stat[i]);
+  return true;
 }
 
 // Whether the loss needs the valid count or the moments of the advantages before its first gradient, and if so queues

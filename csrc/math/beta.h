@@ -5,8 +5,8 @@
 namespace pf {
 namespace PF_ISA {
 
-inline double log_gamma(double x) {
-#if defined(__GLIBC__)
+PF_FN double log_gamma(double x) {
+#if defined(__GLIBC__) && !defined(__CUDA_ARCH__)
   int sign;
   return ::lgamma_r(x, &sign);  // lgamma writes a global
 #else
@@ -15,7 +15,7 @@ inline double log_gamma(double x) {
 }
 
 // ψ(x) for x > 0: ψ(x) = ψ(x + 1) - 1/x up to 10, then the asymptotic series (Abramowitz and Stegun 6.3.18).
-inline double digamma(double x) {
+PF_FN double digamma(double x) {
   if (!(x > 0)) return std::numeric_limits<double>::quiet_NaN();
   double shift = 0;
   for (; x < 10; x += 1) shift += 1 / x;
@@ -26,7 +26,7 @@ inline double digamma(double x) {
 }
 
 // ψ'(x) for x > 0, in the same way (6.4.12).
-inline double trigamma(double x) {
+PF_FN double trigamma(double x) {
   if (!(x > 0)) return std::numeric_limits<double>::quiet_NaN();
   double shift = 0;
   for (; x < 10; x += 1) shift += 1 / (x * x);
@@ -37,13 +37,13 @@ inline double trigamma(double x) {
 }
 
 // a·log x as torch.xlogy has it: 0 where a is 0, unless x is NaN.
-inline double x_log_y(double a, double x, double log_x) { return a == 0 && x == x ? 0 : a * log_x; }
+PF_FN double x_log_y(double a, double x, double log_x) { return a == 0 && x == x ? 0 : a * log_x; }
 
 struct BetaTerm {
   double log_prob, entropy;
 };
 // x in [0, 1]; log_width = log(high - low).
-inline BetaTerm beta_term(double alpha, double beta, double x, double log_width) {
+PF_FN BetaTerm beta_term(double alpha, double beta, double x, double log_width) {
   const double total = alpha + beta;
   const double log_norm = log_gamma(alpha) + log_gamma(beta) - log_gamma(total) + log_width;
   const double up = x_log_y(alpha - 1, x, std::log(x)), down = x_log_y(beta - 1, x, std::log1p(-x));
@@ -55,7 +55,7 @@ struct BetaGrad {
   double alpha, beta;
 };
 // Of g·log_prob + h·entropy.
-inline BetaGrad beta_grad(double alpha, double beta, double x, double g, double h) {
+PF_FN BetaGrad beta_grad(double alpha, double beta, double x, double g, double h) {
   const double total = alpha + beta;
   const double log_x = alpha == 1 && x <= 0 ? 0 : std::log(x), log_rest = beta == 1 && x >= 1 ? 0 : std::log1p(-x);
   BetaGrad d{0, 0};
