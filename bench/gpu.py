@@ -199,7 +199,7 @@ def time_them(case: GpuCase, clock: Clock, seconds: float, ready: dict[str, tupl
         row.p20, row.p50, row.p80 = times.quantile(0.2), times.quantile(0.5), times.quantile(0.8)
         row.copy_share, row.ours_faster = copy / row.p50, row.p50 / best
         if case.small and m.name != COPY and row.p50 < SLOW:
-            row.call = call_seconds(m, clock, calls=100 if row.p50 < 1e-3 else 5)
+            row.call = call_seconds(m, clock, slow=row.p50 > 1e-3)
             row.graph = graph_seconds(m, clock)
             if row.graph is None and m.name in gpu_report.OURS and clock.device.type == "cuda":
                 row.note = "could not be captured in a CUDA graph"

@@ -76,6 +76,8 @@ class Clock:
     #: Inputs of one case together are at least this large, where that takes no more than `most_sets` sets.
     cache_bytes = 1 << 16
     most_sets = 2
+    #: Of a Python loop: calls in a row, and how often.
+    loop = 5, 3
 
     def wait(self) -> None:
         pass
@@ -107,13 +109,14 @@ class Clock:
 
 class CudaClock(Clock):
     most_sets = 24
+    loop = 100, 7
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         properties = torch.cuda.get_device_properties(device)
         self.cache_bytes = 2 * properties.L2_cache_size
         self.cycles_a_second = self._cycles_a_second()
-        with silent(), torch.profiler.profile(activities=[ProfilerActivity.CUDA]):
+        with silent(), torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]):
             self.wait()  # the first profile of a process misses events
 
     def device_name(self) -> str:
@@ -332,8 +335,9 @@ def take_turns(methods: list[Method], clock: Clock, seconds: float, turns: int =
     return taken
 
 
-def call_seconds(method: Method, clock: Clock, calls: int = 100, rounds: int = 7) -> float:
+def call_seconds(method: Method, clock: Clock, slow: bool = False) -> float:
     """Median wall time of a call in a loop that ends in one wait."""
+    calls, rounds = (5, 3) if slow else clock.loop
     found = []
     with method.context(), no_collection():
         for _ in range(rounds):

@@ -215,12 +215,12 @@ def read_logits(
 
 
 @triton.jit
-def softmax_result(taken, largest, inverse, total, weighted, valid):
+def softmax_result(taken, largest, inverse, total, weighted):
     """(log_prob, entropy, shift, log_sum) from what a pass leaves: Σ e^u, Σ u·e^u, u = (z - largest)/temperature.
 
-    log_sum is inf where the row gives 0: it is not valid, or no action is possible.
+    log_sum is inf where the row gives 0: it was not read, or no action is possible.
     """
-    dead = (total == 0.0) | ~valid
+    dead = total == 0.0
     total = tl.where(dead, 1.0, total)
     log_sum = tl.log(total)
     shift = tl.where(dead, 0.0, largest)
@@ -230,19 +230,28 @@ def softmax_result(taken, largest, inverse, total, weighted, valid):
 
 
 @triton.jit
+def fixed_sum(x, COLUMNS: tl.constexpr):
+    """Σ of [1, COLUMNS], half upon half: no layout of the loads, which alignment decides, changes that order."""
+    for level in tl.static_range(12):
+        if (COLUMNS >> level) > 1:
+            x = tl.sum(tl.reshape(x, (2, COLUMNS >> (level + 1))), 0)
+    return tl.reshape(x, (1,))
+
+
+@triton.jit
 def finite_shift(largest):
     """The largest logit to subtract; of a row of nothing but -inf, 0."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
-def softmax_forward(z, columns, action, inverse, valid):
+def softmax_forward(z, columns, action, inverse):
     """`softmax_result` of a tile z [ROWS, COLUMNS], -inf where an action is impossible."""
     largest = tl.max(z, 1)  # a NaN may be lost here: it comes back through the sum
     u = softmax_exponent((z - finite_shift(largest)[:, None]) * inverse[:, None])
     e = exp_floored(u)
     taken = tl.sum(tl.where(columns[None, :] == action[:, None], z, 0.0), 1)
-    return softmax_result(taken, largest, inverse, tl.sum(e, 1), tl.sum(e * u, 1), valid)
+    return softmax_result(taken, largest, inverse, tl.sum(e, 1), tl.sum(e * u, 1))
 
 
 @triton.jit

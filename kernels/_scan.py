@@ -1,13 +1,13 @@
 """Backward scans x_t = a_t + b_t·x_{t+1} over time: gae, vtrace and discounted_returns, one code for the three.
 
-Time is cut into segments of `segment_of` steps, counted from the start of a sequence. The x that enters a segment is found
-by applying those behind it one by one, each as one affine map; inside it goes step by step. csrc/cuda/scan.cuh has the same
-order of association: a sequence has the same bits in every layout, alone, in a batch, packed or padded. Where c̄ > 1 a
-product of vtrace's ratios could overflow that step by step meets a 0: there segments follow one another step by step too.
+Time is cut into segments of STEPS, counted from the start of a sequence. The x that enters a segment is found by applying
+those behind it one by one, each as one affine map; inside it goes step by step. That order of association is the same
+everywhere: a sequence has the same bits in every layout, alone, in a batch, packed or padded. Where c̄ > 1 a product of
+vtrace's ratios could overflow that step by step meets a 0: there segments follow one another step by step too.
 
-Two walkers. `scan_columns` has a column in each lane and one segment of it at a time: for [T, N] with columns enough to fill
-a GPU. `scan_rows` has LANES segments of one column in its lanes: for steps that lie side by side, [N, T], [T] or packed [M],
-and for few columns.
+Two walkers, each with the next loads under way while it computes. `scan_columns` has a column in each lane and one segment
+of it at a time: for [T, N] with columns enough to fill a GPU. `scan_rows` has LANES segments of one column in its lanes: for
+steps that lie side by side, [N, T], [T] or packed [M], and for few columns.
 
 Bytes a step, float32 with bool `terminated`: gae 17, vtrace 21, discounted_returns 9; a final value is read only where a
 step is truncated and not terminated.
@@ -26,13 +26,8 @@ from ._launch import launch
 from ._rows import as_type, blocks, compute_type
 
 LANES = 32  # of a program: a warp
-ENOUGH_COLUMNS = 256  # from so many on, a lane for each
-
-
-def segment_of(dtype: torch.dtype) -> int:
-    """Steps of a segment."""
-    return 8 if dtype is torch.float64 else 16
-
+STEPS = 8  # of a segment, whose loads are under way together; _spread and _gathered know that they are 2³
+ENOUGH_COLUMNS = 2048  # from so many on a lane for each: fewer have more to gain from segments side by side
 
 _SIZES = ["T", "N", "gamma_stride", "lam_stride"]
 
@@ -158,6 +153,28 @@ def _down(stream, at, step, inside, STEPS: tl.constexpr):
     return found
 
 
+@triton.jit
+def _inside(present, t, T, STEPS: tl.constexpr):
+    """Which steps of the segment that begins at t there are; t may be before the first."""
+    found = ()
+    for j in tl.static_range(STEPS):
+        found += (present & (t >= 0) & (t + j < T),)
+    return found
+
+
+@triton.jit
+def _segment(rewards, values, log_rhos, terminated, truncated, mask, at, step, inside, STEPS: tl.constexpr):
+    """Each stream's steps of a segment."""
+    return (
+        _down(rewards, at, step, inside, STEPS),
+        _down(values, at, step, inside, STEPS),
+        _down(log_rhos, at, step, inside, STEPS),
+        _down(terminated, at, step, inside, STEPS),
+        _down(truncated, at, step, inside, STEPS),
+        _down(mask, at, step, inside, STEPS),
+    )
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scan_columns(
     rewards, values, log_rhos, terminated, truncated, final_values, mask, last_values, gammas, lams, gamma: tl.float64,
@@ -167,12 +184,12 @@ def scan_columns(
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """LANES columns of [T, N], or of [N, T], a program. first, second: advantages and returns; of vtrace its targets
-    and advantages."""
+    and advantages. AHEAD: a segment is applied as one affine map."""
     n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     present = n < N
-    never = n < 0
     step = N if TIME_MAJOR else 1
-    g, decay = read_rates(gammas, lams, gamma, lam, gamma_stride, lam_stride, n, present, log_rhos is not None, DTYPE)
+    VTRACE: tl.constexpr = log_rhos is not None
+    g, decay = read_rates(gammas, lams, gamma, lam, gamma_stride, lam_stride, n, present, VTRACE, DTYPE)
     rho_bar = tl.full((), rho_clip, DTYPE)
     c_bar = tl.full((), c_clip, DTYPE)
     zero = tl.zeros((LANES,), DTYPE)
@@ -182,33 +199,31 @@ def scan_columns(
     x = zero if values is not None else last
     following = last if values is not None else zero
     t = (T - 1) // STEPS * STEPS
+    at = (n if TIME_MAJOR else n * T) + t * step
+    inside = _inside(present, t, T, STEPS)
+    ahead = _segment(rewards, values, log_rhos, terminated, truncated, mask, at, step, inside, STEPS)
     while t >= 0:
-        at = (n if TIME_MAJOR else n * T) + t * step
-        inside = ()
-        for j in tl.static_range(STEPS):
-            inside += (present & (t + j < T),)
-        r = _down(rewards, at, step, inside, STEPS)
-        v = _down(values, at, step, inside, STEPS)
-        rho = _down(log_rhos, at, step, inside, STEPS)
-        e = _down(terminated, at, step, inside, STEPS)
-        u = _down(truncated, at, step, inside, STEPS)
-        m = _down(mask, at, step, inside, STEPS)
+        r, v, rho, e, u, m = ahead
+        inside = _inside(present, t - STEPS, T, STEPS)
+        ahead = _segment(rewards, values, log_rhos, terminated, truncated, mask, at - STEPS * step, step, inside, STEPS)
+        inside = _inside(present, t, T, STEPS)
         finals = ()
         if truncated is not None:
             read = ()
             for j in tl.static_range(STEPS):
-                read += (inside[j] & (u[j] != 0) & (e[j] == 0) if terminated is not None else inside[j] & (u[j] != 0),)
+                needed = inside[j] & (u[j] != 0)
+                read += (needed & (e[j] == 0) if terminated is not None else needed,)
             finals = _down(final_values, at, step, read, STEPS)
         leaving = x
         all_a = zero
         all_b = zero + 1.0
-        all_cut = never
+        all_cut = n < 0
         for j in tl.static_range(STEPS - 1, -1, -1):
             reward, value, bootstrap, clipped, a, b, cut, shown, following = open_step(
                 r, v, rho, e, u, finals, m, inside, j, following, g, decay, rho_bar, c_bar, CARRY
             )
             now = advance(a, b, cut, leaving)
-            one, two = outputs(reward, value, bootstrap, clipped, cut, shown, g, leaving, now, log_rhos is not None)
+            one, two = outputs(reward, value, bootstrap, clipped, cut, shown, g, leaving, now, VTRACE)
             tl.store(first + at + j * step, one, mask=inside[j])
             if second is not None:
                 tl.store(second + at + j * step, two, mask=inside[j])
@@ -216,6 +231,7 @@ def scan_columns(
             leaving = now
         x = advance(all_a, all_b, all_cut, x) if AHEAD else leaving
         t -= STEPS
+        at -= STEPS * step
 
 
 # --- the segments of one column in the lanes ----------------------------------------------------------------------------
@@ -225,11 +241,11 @@ def scan_columns(
 def _spread(x, LANES: tl.constexpr, STEPS: tl.constexpr):
     """[LANES · STEPS], in the order of time, as a block [LANES] for each step of a segment."""
     parts = (tl.reshape(x, (LANES, STEPS)),)
-    for level in tl.static_range(4 if STEPS == 16 else 3):  # halves, quarters, ...
+    for level in tl.static_range(3):  # halves, quarters, steps
         finer = ()
         for i in tl.static_range(1 << level):
-            half = tl.reshape(parts[i], (LANES, 2, STEPS >> (level + 1)))
-            early, late = tl.split(tl.permute(half, (0, 2, 1)))
+            halves = tl.reshape(parts[i], (LANES, 2, STEPS >> (level + 1)))
+            early, late = tl.split(tl.permute(halves, (0, 2, 1)))
             finer += (early, late)
         parts = finer
     found = ()
@@ -239,23 +255,48 @@ def _spread(x, LANES: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _reversed(parts, STEPS: tl.constexpr):
-    found = ()
-    for i in tl.static_range(STEPS - 1, -1, -1):
-        found += (parts[i],)
-    return found
-
-
-@triton.jit
 def _gathered(parts, LANES: tl.constexpr, STEPS: tl.constexpr):
-    """`_spread` backwards, from the last step's block to the first's: each join adds the next lower bit of the step."""
-    parts = _reversed(parts, STEPS)
-    for level in tl.static_range(4 if STEPS == 16 else 3):
+    """`_spread` backwards, from the last step's block to the first's."""
+    in_time = ()
+    for j in tl.static_range(STEPS - 1, -1, -1):
+        in_time += (parts[j],)
+    parts = in_time
+    for level in tl.static_range(3):  # each join adds the next lower bit of the step
         joined = ()
         for i in tl.static_range(STEPS >> (level + 1)):
             joined += (tl.join(parts[i], parts[i + (STEPS >> (level + 1))]),)
         parts = joined
     return tl.reshape(parts[0], (LANES * STEPS,))
+
+
+@triton.jit
+def _tile(stream, at, there):
+    """() where the stream is absent."""
+    found = ()
+    if stream is not None:
+        found += (tl.load(stream + at, mask=there, other=0),)
+    return found
+
+
+@triton.jit
+def _tiles(
+    rewards, values, log_rhos, terminated, truncated, mask, begin, start, end, step, LANES: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """(place in memory, what is there, then each stream) of LANES segments; `start` may be before the first."""
+    t = start + tl.arange(0, LANES * STEPS)
+    there = (t >= 0) & (t < end)
+    at = begin + t * step
+    return (
+        at,
+        there,
+        _tile(rewards, at, there),
+        _tile(values, at, there),
+        _tile(log_rhos, at, there),
+        _tile(terminated, at, there),
+        _tile(truncated, at, there),
+        _tile(mask, at, there),
+    )
 
 
 @triton.jit
@@ -298,28 +339,36 @@ def scan_rows(
         last = as_type(tl.load(last_values + n), DTYPE)
     x = zero if values is not None else last
     behind = last if values is not None else zero  # V of the first step behind these segments that counts
-    place = tl.arange(0, LANES * STEPS)
     start = (end + LANES * STEPS - 1) // (LANES * STEPS) * (LANES * STEPS) - LANES * STEPS
+    ahead = _tiles(rewards, values, log_rhos, terminated, truncated, mask, begin, start, end, step, LANES, STEPS)
     while start >= 0:
-        there = start + place < end
-        at = begin + (start + place) * step
-        r = _spread(as_type(tl.load(rewards + at, mask=there, other=0.0), DTYPE), LANES, STEPS)
-        v = ()
-        if values is not None:
-            v = _spread(as_type(tl.load(values + at, mask=there, other=0.0), DTYPE), LANES, STEPS)
-        rho = ()
-        if log_rhos is not None:
-            rho = _spread(as_type(tl.load(log_rhos + at, mask=there, other=0.0), DTYPE), LANES, STEPS)
-        flags = tl.zeros((LANES * STEPS,), tl.int32)  # together, for all streams are spread by way of shared memory
+        at, there, tile_r, tile_v, tile_rho, tile_e, tile_u, tile_m = ahead
+        ahead = _tiles(
+            rewards,
+            values,
+            log_rhos,
+            terminated,
+            truncated,
+            mask,
+            begin,
+            start - LANES * STEPS,
+            end,
+            step,
+            LANES,
+            STEPS,
+        )
+        r = _spread(as_type(tile_r[0], DTYPE), LANES, STEPS)
+        v = _spread(as_type(tile_v[0], DTYPE), LANES, STEPS) if values is not None else ()
+        rho = _spread(as_type(tile_rho[0], DTYPE), LANES, STEPS) if log_rhos is not None else ()
+        flags = tl.zeros((LANES * STEPS,), tl.int32)  # all in one: what is spread goes by way of shared memory
         if terminated is not None:
-            flags += (tl.load(terminated + at, mask=there, other=0) != 0).to(tl.int32)
+            flags += (tile_e[0] != 0).to(tl.int32)
         if mask is not None:
-            flags += (tl.load(mask + at, mask=there, other=0) != 0).to(tl.int32) * 2
+            flags += (tile_m[0] != 0).to(tl.int32) * 2
         finals = ()
         if truncated is not None:
-            cut_off = tl.load(truncated + at, mask=there, other=0) != 0
-            flags += cut_off.to(tl.int32) * 4
-            read = there & cut_off & ((flags & 1) == 0)
+            read = there & (tile_u[0] != 0) & (flags & 1 == 0)
+            flags += (tile_u[0] != 0).to(tl.int32) * 4
             finals = _spread(as_type(tl.load(final_values + at, mask=read, other=0.0), DTYPE), LANES, STEPS)
         flags = _spread(flags, LANES, STEPS)
         e = ()
@@ -330,10 +379,10 @@ def scan_rows(
             inside += (start + lane * STEPS + j < end,)
             if terminated is not None:
                 e += (flags[j] & 1,)
-            if truncated is not None:
-                u += (flags[j] & 4,)
             if mask is not None:
                 m += (flags[j] & 2,)
+            if truncated is not None:
+                u += (flags[j] & 4,)
 
         following = zero
         if values is not None:
@@ -453,7 +502,7 @@ def scan(
     sizes = (steps, n, gamma_stride, lam_stride)
     ahead = log_rhos is None or clips[1] <= 1
     meta = {"CARRY": carry, "TIME_MAJOR": time_major, "DTYPE": compute_type(outputs[0].dtype), "LANES": LANES,
-            "STEPS": segment_of(outputs[0].dtype), "num_warps": 1}  # fmt: skip
+            "STEPS": STEPS, "num_warps": 1}  # fmt: skip
     if not ahead or (time_major and n >= ENOUGH_COLUMNS):
         launch(scan_columns, (blocks(n, LANES),), *inputs, *outputs, *sizes, **meta, AHEAD=ahead)
     else:

@@ -63,7 +63,7 @@ def _categorical_ppo_loss_kernel(
     if CHUNKS == 1:
         z, possible = _read(logits, i, inside, row_stride, stride, action_mask, p, mask_row_stride, mask_stride, live,
                             columns, width, T)  # fmt: skip
-        log_prob, entropy, shift, log_sum = softmax_forward(z, columns, action, one, live)
+        log_prob, entropy, shift, log_sum = softmax_forward(z, columns, action, one)
     else:
         largest = tl.full((ROWS,), float("-inf"), T)
         total = tl.zeros((ROWS,), tl.float64)
@@ -83,7 +83,7 @@ def _categorical_ppo_loss_kernel(
             total = factor * total + tl.sum(e, 1).to(tl.float64)
             taken += tl.sum(tl.where((first + columns)[None, :] == action[:, None], z, 0.0), 1)
             largest = now
-        log_prob, entropy, shift, log_sum = softmax_result(taken, largest, one, total, weighted, live)
+        log_prob, entropy, shift, log_sum = softmax_result(taken, largest, one, total, weighted)
         log_prob = log_prob.to(T)
         entropy = entropy.to(T)
         log_sum = log_sum.to(T)

@@ -21,7 +21,7 @@ def discounted_returns(
 
 
 _F32 = {x: "*fp32" for x in ("rewards", "last_values", "first")} | {"terminated": "*i1"}
-_ROWS = {"CARRY": True, "TIME_MAJOR": False, "DTYPE": tl.float32, "LANES": _scan.LANES, "STEPS": 16}
+_ROWS = {"CARRY": True, "TIME_MAJOR": False, "DTYPE": tl.float32, "LANES": _scan.LANES, "STEPS": _scan.STEPS}
 
 AOT = [
     example(_scan.scan_columns, _F32, _ROWS | {"TIME_MAJOR": True, "AHEAD": True}, num_warps=1),

@@ -65,7 +65,7 @@ def multi_categorical_forward(
             logits, action_mask, row + first * logits_column, mask_row + first * mask_column, logits_column, mask_column,
             columns, valid[:, None] & (columns < width)[None, :], False, DTYPE,
         )  # fmt: skip
-        lp, h, shift, log_sum = softmax_forward(z, columns, action, one, valid)
+        lp, h, shift, log_sum = softmax_forward(z, columns, action, one)
         total += lp
         total_entropy += h
         tl.store(saved + k * n + i, shift, mask=inside)

@@ -23,7 +23,7 @@ def vtrace(
 
 _F32 = {x: "*fp32" for x in ("rewards", "values", "log_rhos", "last_values", "first", "second")} | {"terminated": "*i1"}
 _ALL = _F32 | {"truncated": "*i1", "final_values": "*fp32", "mask": "*i1", "gammas": "*fp32", "lams": "*fp32"}
-_ROWS = {"CARRY": True, "TIME_MAJOR": False, "DTYPE": tl.float32, "LANES": _scan.LANES, "STEPS": 16}
+_ROWS = {"CARRY": True, "TIME_MAJOR": False, "DTYPE": tl.float32, "LANES": _scan.LANES, "STEPS": _scan.STEPS}
 
 AOT = [
     example(_scan.scan_columns, _F32, _ROWS | {"TIME_MAJOR": True, "AHEAD": True}, num_warps=1),

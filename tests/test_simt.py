@@ -49,7 +49,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("op", "seed", "blocks"), FILES, ids=lambda x: str(x))
 def test_the_ops_tests_pass_on_the_cuda_kernels(op, seed, blocks):
-    done = run("-m", "pytest", "-p", "simt.plugin", "-p", "no:cacheprovider", "-v", f"tests/test_{op}.py",
+    done = run("-m", "pytest", "-p", "simt.plugin", "-p", "no:cacheprovider", "-vv", f"tests/test_{op}.py",
                PF_SIMT_SEED=str(seed), PF_SIMT_BLOCKS=str(blocks))  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert done.stdout.count(" PASSED") >= 8, done.stdout[-2000:]

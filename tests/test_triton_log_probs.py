@@ -293,6 +293,45 @@ def test_inplace_backward(width, longest, dtype, layout):
     assert torch.equal(run(True), run(False))
 
 
+@pytest.mark.parametrize("longest", [64, 4096])
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_rows_that_take_several_strides(pieces, longest):
+    """Logits, mask, actions and temperatures that each lie in memory in a way of their own."""
+    if pieces == 2:
+        logits, mask = torch.randn(2, 3, 4, 70)[:, :, :-1], (torch.rand(2, 4, 3, 70) > 0.3)[:, 1:]
+    else:
+        logits, mask = torch.randn(2, 6, 8, 70)[:, :4:2, :3], (torch.rand(2, 4, 3, 70) > 0.3)[:, ::2]
+    lead = logits.shape[:-1]
+    actions, temperature = torch.randint(70, (2, 7, 3))[:, : lead[1]], (torch.rand(2, 7, 3) + 0.5)[:, 1 : lead[1] + 1]
+    mask = mask.clone(memory_format=torch.preserve_format) if pieces == 3 else mask
+    mask.scatter_(-1, actions[..., None], True)
+    options = {"action_mask": mask, "temperature": temperature}
+    with longest_tile(longest):
+        assert_parity(
+            lambda z: categorical(z, actions, **options),
+            lambda z: reference.categorical_log_prob(z, actions, **options),
+            [logits],
+            double=lambda z: reference.categorical_log_prob(
+                z, actions, **options | {"temperature": temperature.double()}
+            ),
+        )
+        parts = [categorical(logits[i, j], actions[i, j], action_mask=mask[i, j], temperature=temperature[i, j])
+                 for i in range(lead[0]) for j in range(lead[1])]  # fmt: skip
+        whole = categorical(logits, actions, **options)
+        for k in (0, 1):
+            assert torch.equal(torch.cat([p[k] for p in parts]), whole[k].flatten())
+        z = logits.clone() if pieces == 2 else logits
+        grads = gradients(lambda z: categorical(z, actions, **options), [z])
+        inplace = gradients(lambda z: categorical(z, actions, **options, inplace=True), [z])
+        assert all(torch.equal(a, b) for a, b in zip(grads, inplace, strict=True))
+        heads = torch.stack([actions % 30, actions % 40], -1)
+        assert_parity(
+            lambda z: multi_categorical(z, heads, [30, 40], action_mask=mask),
+            lambda z: reference.multi_categorical_log_prob(z, heads, [30, 40], action_mask=mask),
+            [logits],
+        )
+
+
 @pytest.mark.parametrize(("width", "longest"), [(3, 4096), (200, 64)])
 def test_one_gradient_only(width, longest):
     z, actions = torch.randn(9, width, requires_grad=True), torch.randint(0, width, (9,))

@@ -59,7 +59,7 @@ def by_triton(op):
 
 
 @needs_interpreter
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(data=st.data(), shape=st.sampled_from([(1,), (5,), (300,), (7, 33), (2, 3, 50)]), dtype=st.sampled_from(DTYPES),
        seed=st.integers(0, 2**31))  # fmt: skip
 def test_ppo_loss_matches_float64(data, shape, dtype, seed):
@@ -74,7 +74,7 @@ def test_ppo_loss_matches_float64(data, shape, dtype, seed):
 
 
 @needs_interpreter
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data(), shape=st.sampled_from([(1,), (5,), (70,), (7, 9)]), width=st.sampled_from([1, 2, 6, 18, 65, 2500]),
        dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31))  # fmt: skip
 def test_categorical_ppo_loss_matches_float64(data, shape, width, dtype, seed):
@@ -95,7 +95,7 @@ def test_categorical_ppo_loss_matches_float64(data, shape, width, dtype, seed):
 
 
 @needs_interpreter
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data(), shape=st.sampled_from([(1,), (5,), (70,), (7, 9)]), width=st.sampled_from([1, 2, 6, 17]),
        dtype=st.sampled_from(DTYPES), squash=st.booleans(), seed=st.integers(0, 2**31))  # fmt: skip
 def test_normal_ppo_loss_matches_float64(data, shape, width, dtype, squash, seed):
@@ -388,7 +388,7 @@ def test_a_row_without_a_possible_action_is_as_on_the_cpu():
     logits[2] = -math.inf
     action_mask = torch.ones(6, 4, dtype=torch.bool)
     action_mask[4] = False
-    stored = {"old_log_prob": torch.randn(6), "advantages": torch.randn(6), "action_mask": action_mask}
+    stored = {"old_log_prob": torch.zeros(6), "advantages": torch.randn(6), "action_mask": action_mask}
 
     def run():
         leaf = logits.clone().requires_grad_()
@@ -402,6 +402,7 @@ def test_a_row_without_a_possible_action_is_as_on_the_cpu():
 
 
 @needs_interpreter
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_an_infinite_action_without_a_gradient_is_as_on_the_cpu():
     actions = torch.randn(5, 3)
     actions[1, 2] = math.inf  # log_prob -inf, ratio 0

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 template <int kLanes, class T, class S>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kLanes == kThreads ? 3 : 2)
     wide_kernel(const __grid_constant__ CategoricalLogProbArgs a, T inverse_temperature) {
   constexpr int kGroups = kThreads / kLanes;
   const bool leads = threadIdx.x % kLanes == 0;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 template <int kLanes, class T, class S>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kLanes == kThreads ? 3 : 2)
     wide_backward_kernel(const __grid_constant__ CategoricalLogProbBackwardArgs a, T inverse_temperature,
                          int64_t pieces) {
   constexpr int kGroups = kThreads / kLanes;

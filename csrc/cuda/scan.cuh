@@ -144,11 +144,6 @@ struct Segment {
   }
 };
 
-template <class Op>
-constexpr bool is_chained(const ScanArgs& a) {
-  return Op::kRatios && !(a.c_clip <= 1);
-}
-
 // V after the last step of a sequence, or the x there.
 template <class T>
 PF_DEV T last_of(const ScanArgs& a, int64_t column) {
@@ -192,7 +187,7 @@ PF_DEV uint32_t read_flags(const Grid& g, int64_t t, int64_t n, uint32_t inside)
   return bits;
 }
 
-template <class Op, class T, bool kPlain>
+template <class Op, class T, bool kChained, bool kPlain>
 __global__ void __launch_bounds__(kAcrossWarps* kWarp, 1)
     across_kernel(const __grid_constant__ ScanArgs a, const Op op, Posts<T> posts, unsigned* ticket, int64_t groups,
                   int64_t tiles) {
@@ -250,7 +245,7 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 1)
   PF_SHARED(T[kAcrossWarps][kWarp], entering);  // what enters the segment; of the last one, the tile
   T out[2][kSegment<T>];
   const T end = Op::kValues ? T(0) : last;
-  if (is_chained<Op>(a)) {
+  if constexpr (kChained) {
     if (warp == kAcrossWarps - 1) entering[warp][lane] = active && !is_last ? wait_for(posts.x + at + a.columns) : end;
     for (int w = kAcrossWarps - 1; w >= 0; --w) {
       __syncthreads();
@@ -426,7 +421,7 @@ PF_DEV PackedTile packed_tile(const ScanArgs& a, int64_t slot) {
 }
 
 // kRows: of a tile. kPlain: float32 and bytes in rows that start at sixteen bytes.
-template <class Op, class T, int kRows, bool kPlain>
+template <class Op, class T, bool kChained, int kRows, bool kPlain>
 __global__ void __launch_bounds__(kAlongWarps* kWarp, 1)
     along_kernel(const __grid_constant__ ScanArgs a, const Op op, Posts<T> posts, unsigned* ticket, int64_t groups,
                  int64_t tiles) {
@@ -497,7 +492,7 @@ __global__ void __launch_bounds__(kAlongWarps* kWarp, 1)
   T out[2][kSegment<T>];
   const T behind = Op::kValues ? T(0) : last;
   T x = T(0);
-  if (is_chained<Op>(a)) {
+  if constexpr (kChained) {
     T entering = active && !is_last ? wait_for(posts.x + after) : behind;
     for (int turn = kLanes - 1; turn >= 0; --turn) {
       T leaving = T(0);
@@ -549,7 +544,7 @@ inline bool is_byte_grid(const Grid& g, int64_t stride, int64_t other, int64_t e
                      reinterpret_cast<uintptr_t>(g.data) % static_cast<uintptr_t>(every) == 0);
 }
 
-template <class Op, class T>
+template <class Op, class T, bool kChained>
 cudaError_t scan_across(const ScanArgs& a, const Op& op, Launch& launch) {
   const int64_t groups = (a.columns + kWarp - 1) / kWarp, tile = kAcrossWarps * kSegment<T>;
   const int64_t tiles = (a.steps + tile - 1) / tile;
@@ -562,15 +557,15 @@ cudaError_t scan_across(const ScanArgs& a, const Op& op, Launch& launch) {
   for (const Grid* g : {&a.terminated, &a.truncated, &a.mask}) plain &= is_byte_grid(*g, g->n, 0, 1);
   if constexpr (sizeof(T) == 4) {
     if (plain) {
-      return start(&across_kernel<Op, T, true>, groups * tiles, kAcrossWarps * kWarp, launch.stream, a, op, posts,
-                   ticket, groups, tiles);
+      return start(&across_kernel<Op, T, kChained, true>, groups * tiles, kAcrossWarps * kWarp, launch.stream, a, op,
+                   posts, ticket, groups, tiles);
     }
   }
-  return start(&across_kernel<Op, T, false>, groups * tiles, kAcrossWarps * kWarp, launch.stream, a, op, posts, ticket,
-               groups, tiles);
+  return start(&across_kernel<Op, T, kChained, false>, groups * tiles, kAcrossWarps * kWarp, launch.stream, a, op,
+               posts, ticket, groups, tiles);
 }
 
-template <class Op, class T, int kRows>
+template <class Op, class T, bool kChained, int kRows>
 cudaError_t scan_along(const ScanArgs& a, const Op& op, Launch& launch) {
   const int64_t tile = kAlongSteps<T> / kRows;
   const int64_t tiles = a.bounds ? 1 : (a.steps + tile - 1) / tile;
@@ -591,12 +586,12 @@ cudaError_t scan_along(const ScanArgs& a, const Op& op, Launch& launch) {
   }
   if constexpr (sizeof(T) == 4) {
     if (plain) {
-      return start(&along_kernel<Op, T, kRows, true>, blocks, kAlongWarps * kWarp, launch.stream, a, op, posts, ticket,
-                   groups, tiles);
+      return start(&along_kernel<Op, T, kChained, kRows, true>, blocks, kAlongWarps * kWarp, launch.stream, a, op,
+                   posts, ticket, groups, tiles);
     }
   }
-  return start(&along_kernel<Op, T, kRows, false>, blocks, kAlongWarps * kWarp, launch.stream, a, op, posts, ticket,
-               groups, tiles);
+  return start(&along_kernel<Op, T, kChained, kRows, false>, blocks, kAlongWarps * kWarp, launch.stream, a, op, posts,
+               ticket, groups, tiles);
 }
 
 // make(T{}): the estimator with its constants as T.
@@ -607,9 +602,16 @@ cudaError_t scan(const ScanArgs& a, Launch& launch, Make&& make) {
     using T = decltype(zero);
     const auto op = make(zero);
     using Op = std::remove_const_t<decltype(op)>;
-    if (!a.bounds && a.output_n == 1 && a.columns > 1) return scan_across<Op, T>(a, op, launch);
-    if (!a.bounds && 4 * a.steps <= kAlongSteps<T>) return scan_along<Op, T, 4>(a, op, launch);
-    return scan_along<Op, T, 1>(a, op, launch);
+    const auto run = [&](auto chained) {
+      constexpr bool kChained = chained();
+      if (!a.bounds && a.output_n == 1 && a.columns > 1) return scan_across<Op, T, kChained>(a, op, launch);
+      if (!a.bounds && 4 * a.steps <= kAlongSteps<T>) return scan_along<Op, T, kChained, 4>(a, op, launch);
+      return scan_along<Op, T, kChained, 1>(a, op, launch);
+    };
+    if constexpr (Op::kRatios) {
+      if (!(a.c_clip <= 1)) return run(std::true_type{});
+    }
+    return run(std::false_type{});
   });
 }
 

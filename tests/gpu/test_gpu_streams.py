@@ -31,7 +31,7 @@ def test_current_stream(backend, op):
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            torch.cuda._sleep(100_000_000)  # tens of milliseconds
+            torch.cuda._sleep(300_000_000)  # a sixth of a second or so
             for mine, other in ((stale.inputs, target.inputs), (stale.rest, target.rest)):
                 for name, x in mine.items():
                     if isinstance(x, torch.Tensor):
@@ -110,12 +110,15 @@ def test_no_waiting_by_the_driver(backend, op, plain_memory):
     assert counts.syncs == 0
     span = next(e.time_range for e in events if e.name == "the call")
     inside = {e.name for e in events if span.start <= e.time_range.start <= span.end}
-    assert not {name for name in inside if name.startswith(("cudaMalloc", "cudaFree", "cuMem"))}
+    assert not {
+        name for name in inside if name.startswith(("cudaMalloc", "cudaFree", "cuMemAlloc", "cuMemFree", "cuMemCreate"))
+    }
 
 
 @each_backend
 def test_launches_of_a_loss(backend, plain_memory):
-    """One kernel for loss, gradients and statistics, one that looks whether the gradient of the loss is 1."""
+    """CUDA: one kernel for loss, gradients and statistics, one that looks whether the gradient of the loss is 1. Triton has
+    no last block that finishes, so partial sums are joined by kernels of their own."""
     call = cases.there(cases.small("ppo_loss")[3], DEVICE)
     leaves = [v.requires_grad_() for v in call.inputs.values()]
     with pf.use_backend(backend):
@@ -127,7 +130,8 @@ def test_launches_of_a_loss(backend, plain_memory):
                 torch.autograd.grad(pf.ppo_loss(**call.arguments).loss, leaves)
             torch.cuda.synchronize()
     counts = counted(seen.events(), "the call")
-    assert 1 <= counts.launches - counts.foreign <= 2, [e.name for e in seen.events()]
+    most = 2 if backend == "cuda" else 4
+    assert 1 <= counts.launches - counts.foreign <= most, [e.name for e in seen.events()]
     assert counts.foreign <= 1 and counts.syncs == 0
 
 
