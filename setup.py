@@ -25,10 +25,12 @@ def folder_of(module: str) -> Path:
 
 
 def dlpack_include() -> Path:
-    """Folder that holds dlpack/dlpack.h: the apache-tvm-ffi wheel's."""
-    include = folder_of("tvm_ffi") / "include"
+    """Folder that holds dlpack/dlpack.h: PPO_FAST_DLPACK_INCLUDE, else the apache-tvm-ffi wheel's."""
+    given = os.environ.get("PPO_FAST_DLPACK_INCLUDE")
+    include = Path(given).resolve() if given else folder_of("tvm_ffi") / "include"
     if not (include / "dlpack" / "dlpack.h").exists():
-        raise SystemExit(f"ppo_fast: expected dlpack/dlpack.h in {include} of the build dependency apache-tvm-ffi")
+        source = "PPO_FAST_DLPACK_INCLUDE" if given else "the build dependency apache-tvm-ffi"
+        raise SystemExit(f"ppo_fast: expected dlpack/dlpack.h in {include}, of {source}")
     return include
 
 

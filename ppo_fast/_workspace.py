@@ -9,10 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TICKETS = 4096  # of one batch
-_free: dict[
-    tuple[str, int], tuple[Tensor, int]
-] = {}  # of each device: tickets that no captured graph has, and the next
 _of_stream: dict[tuple[str, int, int], Tensor] = {}
 
 
@@ -24,24 +20,16 @@ def allocate(size: int, device_type: str, index: int) -> Tensor:
 def ticket(device_type: str, index: int, stream: int, capturing: bool) -> Tensor:
     """A counter [1], int32, that is 0 whenever no kernel has it: kernels that count their blocks in it wrap it to 0.
 
-    Kernels of one stream never run at once and share one. A captured graph may be replayed beside anything, so each
-    captured call gets one of its own.
+    Kernels of one stream never run at once and share one, zeroed on that stream. A captured graph may be replayed beside
+    anything, so each captured call has its own, which the graph zeroes first.
     """
-    if not capturing:
-        found = _of_stream.get((device_type, index, stream))
-        if found is None:
-            found = _of_stream[device_type, index, stream] = _next(device_type, index)
-        return found
-    return _next(device_type, index)
-
-
-def _next(device_type: str, index: int) -> Tensor:
-    batch, used = _free.get((device_type, index), (None, _TICKETS))
-    if batch is None or used == _TICKETS:
-        batch = torch.zeros(_TICKETS, dtype=torch.int32, device=torch.device(device_type, index))
-        used = 0
-    _free[device_type, index] = batch, used + 1
-    return batch[used : used + 1]
+    if capturing:
+        return torch.zeros(1, dtype=torch.int32, device=torch.device(device_type, index))
+    found = _of_stream.get((device_type, index, stream))
+    if found is None:
+        found = torch.zeros(1, dtype=torch.int32, device=torch.device(device_type, index))
+        _of_stream[device_type, index, stream] = found
+    return found
 
 
 # --- labels that kernels refused --------------------------------------------------------------------------------------

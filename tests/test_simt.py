@@ -21,9 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 #: Test files, and for each a seed of the order in which blocks and threads run, and how many blocks run at a time.
 FILES = [
-    ("gae", 1, 3), ("scan_tiles", 1, 3), ("scan_tiles", 2, 5), ("vtrace", 3, 2), ("discounted_returns", 4, 3), ("whiten", 1, 3), ("ppo_loss", 2, 3),
-    ("categorical_log_prob", 1, 3), ("multi_categorical_log_prob", 2, 3), ("normal_log_prob", 1, 3),
-    ("bernoulli_log_prob", 2, 3), ("beta_log_prob", 1, 3), ("categorical_ppo_loss", 1, 3), ("normal_ppo_loss", 2, 3),
+    ("gae", 1, 3), ("scan_tiles", 1, 3), ("scan_tiles", 2, 5), ("vtrace", 3, 2), ("discounted_returns", 4, 3),
+    ("whiten", 1, 3), ("ppo_loss", 2, 3), ("categorical_log_prob", 1, 3), ("multi_categorical_log_prob", 2, 3),
+    ("normal_log_prob", 1, 3), ("bernoulli_log_prob", 2, 3), ("beta_log_prob", 1, 3), ("categorical_ppo_loss", 1, 3),
+    ("normal_ppo_loss", 2, 3),
 ]  # fmt: skip
 
 
@@ -53,6 +54,20 @@ def test_the_ops_tests_pass_on_the_cuda_kernels(op, seed, blocks):
                PF_SIMT_SEED=str(seed), PF_SIMT_BLOCKS=str(blocks))  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     assert done.stdout.count(" PASSED") >= 8, done.stdout[-2000:]
+
+
+def test_a_label_out_of_range_is_said_and_gives_its_row_0():
+    body = (
+        "import simt.plugin as plugin, torch, ppo_fast as pf\n"
+        "plugin.pytest_configure(None)\n"
+        "logits = torch.zeros(3, 5)\n"
+        "try:\n    pf.categorical_log_prob(logits, torch.tensor([0, 7, 1]))\n"
+        "except ValueError as error:\n    print(error)\n"
+        "print(pf.categorical_log_prob(logits, torch.tensor([0, 1, 1]))[0].exp())\n"
+    )
+    done = run("-c", body)
+    assert "categorical_log_prob: actions must be in range, got 7 at 1" in done.stdout, done.stdout + done.stderr
+    assert "0.2000, 0.2000, 0.2000" in done.stdout, done.stdout + done.stderr
 
 
 FAULT = """

@@ -143,6 +143,7 @@ inline unsigned* ask_for_ticket(void* context) {
 #endif
   const py::object tensor = asked.resources.attr("ticket")(PF_SIMT ? "cpu" : "cuda", asked.device,
                                                            reinterpret_cast<intptr_t>(asked.stream), capturing);
+  asked.kept.append(tensor);
   return reinterpret_cast<unsigned*>(tensor.attr("data_ptr")().cast<intptr_t>());
 }
 

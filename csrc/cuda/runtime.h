@@ -11,7 +11,6 @@
 
 #include <cstdint>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 
 namespace pf {

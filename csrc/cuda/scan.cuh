@@ -9,6 +9,8 @@
 // is waited for is already running. Where c̄ > 1, products of ratios could overflow that step by step meet a 0: then
 // segments are solved one after the other.
 #pragma once
+#include <type_traits>
+
 #include "reduce.cuh"
 #include "../math/advantage.h"
 

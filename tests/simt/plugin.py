@@ -41,6 +41,8 @@ NOT_HERE = {
     "isa": "instruction sets",
     "thread": "threads",
     "cache": "the caches of a CPU, and minutes for so many fibers",
+    "errors": "what lies on a GPU is looked at late, and refused in other words",
+    "out_of_range": "what lies on a GPU is looked at late, and refused in other words",
     "compile": "torch.compile looks at the device of tensors",
     "opcheck": "torch.compile looks at the device of tensors",
     "registered": "torch.compile looks at the device of tensors",
