@@ -24,15 +24,8 @@ def gae(
 _F32 = {x: "*fp32" for x in ("rewards", "values", "last_values", "first", "second")} | {"terminated": "*i1"}
 _ALL = _F32 | {"values": "*bf16", "truncated": "*i1", "final_values": "*fp32", "mask": "*i1", "gammas": "*fp32"}
 _F64 = {x: t.replace("fp32", "fp64").replace("bf16", "fp64") for x, t in _ALL.items()}
-_COLUMNS = {
-    "CARRY": True,
-    "TIME_MAJOR": True,
-    "DTYPE": tl.float32,
-    "AHEAD": True,
-    "LANES": _scan.LANES,
-    "STEPS": _scan.STEPS,
-}
 _ROWS = {"CARRY": True, "TIME_MAJOR": False, "DTYPE": tl.float32, "LANES": _scan.LANES, "STEPS": _scan.STEPS}
+_COLUMNS = _ROWS | {"TIME_MAJOR": True, "AHEAD": True}
 
 AOT = [
     example(_scan.scan_columns, _F32, _COLUMNS, num_warps=1),

@@ -148,6 +148,25 @@ struct StagedRows {
   static constexpr int kStride = kStagedWidth<T> + 1;  // of one row: no two of a warp's in one bank
   T z[kThreads * kStride];
 
+  // Of rows without gaps: vector(e, at) for the thread's elements [e, e + N), which lie at at[] in z, and single(e, at)
+  // for those that are left over.
+  template <int N, class V, class F>
+  static PF_DEV void over_packed(int rows, int width, V&& vector, F&& single) {
+    const int n = rows * width, whole = n - n % N, gap = kStride - width;
+    over_elements<N>(whole, width, [&](int e, Place p) {
+      int at[N];
+      if (width >= N) {  // at most one row ends here
+#pragma unroll
+        for (int k = 0; k < N; ++k) at[k] = p.row * kStride + p.column + k + (p.column + k >= width ? gap : 0);
+      } else {
+#pragma unroll
+        for (int k = 0; k < N; ++k, p.next()) at[k] = p.row * kStride + p.column;
+      }
+      vector(e, at);
+    });
+    for (int e = whole + threadIdx.x; e < n; e += kThreads) single(e, e / width * kStride + e % width);
+  }
+
   // Rows [first, first + rows) of the logits. Every thread calls, and then waits.
   template <class S>
   PF_DEV void read(const Rows& logits, int64_t first, int rows) {
@@ -157,20 +176,12 @@ struct StagedRows {
                    [&](int, Place p) { z[p.row * kStride + p.column] = element<T>(logits, first + p.row, p.column); });
     } else {
       const S* from = static_cast<const S*>(logits.lead.data) + first * width;
-      over_tile<kVector<S>>(rows, width, [&](int e, Place p) {
+      over_packed<kVector<S>>(rows, width, [&](int e, const int (&at)[kVector<S>]) {
         T x[kVector<S>];
-        const int left = rows * width - e;
-        if (left >= kVector<S>) {
-          unpack(load16(from + e), from, x);
-        } else {
+        unpack(load16(from + e), from, x);
 #pragma unroll
-          for (int k = 0; k < kVector<S>; ++k) x[k] = k < left ? number(from[e + k]) : T(0);
-        }
-#pragma unroll
-        for (int k = 0; k < kVector<S>; ++k, p.next()) {
-          if (k < left) z[p.row * kStride + p.column] = x[k];
-        }
-      });
+        for (int k = 0; k < kVector<S>; ++k) z[at[k]] = x[k];
+      }, [&](int e, int at) { z[at] = number(from[e]); });
     }
   }
   // Puts -inf where the mask is 0; mask_row(row): where the mask of the tile's row lies, -1: nowhere.
@@ -199,20 +210,12 @@ struct StagedRows {
       });
     } else {
       S* to = static_cast<S*>(const_cast<void*>(d_logits.lead.data)) + first * width;
-      over_tile<kVector<S>>(rows, width, [&](int e, Place p) {
+      over_packed<kVector<S>>(rows, width, [&](int e, const int (&at)[kVector<S>]) {
         T d[kVector<S>];
-        const int left = rows * width - e;
 #pragma unroll
-        for (int k = 0; k < kVector<S>; ++k, p.next()) d[k] = k < left ? z[p.row * kStride + p.column] : T(0);
-        if (left >= kVector<S>) {
-          store16(to + e, packed(to, d));
-        } else {
-#pragma unroll
-          for (int k = 0; k < kVector<S>; ++k) {
-            if (k < left) to[e + k] = Stored<S, T>::from(d[k]);
-          }
-        }
-      });
+        for (int k = 0; k < kVector<S>; ++k) d[k] = z[at[k]];
+        store16(to + e, packed(to, d));
+      }, [&](int e, int at) { to[e] = Stored<S, T>::from(z[at]); });
     }
   }
 
@@ -224,7 +227,12 @@ struct StagedRows {
   // The gradient takes the place of the logits.
   PF_DEV void backward(int j, int width, const LogitSlope<T>& slope) {
     T* row = z + threadIdx.x * kStride + j;
-    for (int k = 0; k < width; ++k) row[k] = slope.dead ? T(0) : slope(row[k], k);
+    if (slope.dead) {
+      for (int k = 0; k < width; ++k) row[k] = T(0);
+    } else {
+      for (int k = 0; k < width; ++k) row[k] = slope.of_others(row[k]);
+      if (slope.action >= 0) row[slope.action] -= slope.minus_g;
+    }
   }
 };
 

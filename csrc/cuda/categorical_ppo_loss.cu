@@ -11,8 +11,8 @@ namespace {
 
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    staged_kernel(const __grid_constant__ CategoricalPpoLossArgs args, T inverse, const CountedSums* counted,
-                  int n_counted, LossSums* partials, unsigned* ticket) {
+    staged_kernel(const __grid_constant__ CategoricalPpoLossArgs args, T inverse, bool simple,
+                  const CountedSums* counted, int n_counted, LossSums* partials, unsigned* ticket) {
   PF_SHARED(StagedRows<T>, staged);
   PF_SHARED(int64_t[kThreads], mask_rows);
   const LossArgs& a = args.loss;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     __syncthreads();
     if (there) {
       RowToken<T> token;
-      token.read(a, i, a.index_offence);
+      token.read(a, i, a.index_offence, simple);
       const int action = token.on[0] ? action_of(dist, i, token.at, args.offence) : -1;
       const CategoricalRow<T> row = staged.forward(0, width, action, inverse);
       const TokenGradients<T> grad = token.loss(row.log_prob, row.entropy, setup, sums);
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
 // row k, then they give their gradients one after the other, for which the logits come from the cache.
 template <int kLanes, class T, class S>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    group_kernel(const __grid_constant__ CategoricalPpoLossArgs args, T inverse, int tile, const CountedSums* counted,
-                 int n_counted, LossSums* partials, unsigned* ticket) {
+    group_kernel(const __grid_constant__ CategoricalPpoLossArgs args, T inverse, bool simple, int tile,
+                 const CountedSums* counted, int n_counted, LossSums* partials, unsigned* ticket) {
   constexpr int kGroups = kWarp / kLanes;
   PF_SHARED(LossSetup<T>, setup);
   PF_SHARED(TokenSums<T>[kThreads], all_sums);  // registers are for logits
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     TokenGradients<T> grad{};
     if (there) {
       RowToken<T> token;
-      token.read(a, i, nullptr);
+      token.read(a, i, nullptr, simple);
       TokenSums<T> sums = all_sums[threadIdx.x];
       grad = token.loss(mine.log_prob, mine.entropy, setup, sums);
       all_sums[threadIdx.x] = sums;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     const CategoricalRow<T> row = row_of_group<kThreads>(line, action, inverse);
     if (leads) {
       RowToken<T> token;
-      token.read(a, i, nullptr);
+      token.read(a, i, nullptr, false);
       grad = token.loss(row.log_prob, row.entropy, setup, sums);
       if (a.grad_values.data) put(a.grad_values, i, grad.value);
     }
@@ -188,18 +188,19 @@ cudaError_t categorical_ppo_loss(const CategoricalPpoLossArgs& args, Launch& lau
     auto* partials = launch.allocate<LossSums>(kMostBlocks);
     unsigned* ticket = launch.ticket(launch.context);
     const T inverse = inverse_of(static_cast<T>(args.dist.temperature_value));
+    const bool simple = has_simple_streams(a);
     return by_width<T>(z.width, [&](auto lanes) {
       if constexpr (lanes() == 1) {
         return start(&staged_kernel<T, S>, few_blocks(blocks_of_tiles(a.n)), kThreads, launch.stream, args, inverse,
-                     counted, n_counted, partials, ticket);
+                     simple, counted, n_counted, partials, ticket);
       } else if constexpr (lanes() == kThreads) {
         return start(&block_kernel<T, S>, few_blocks(a.n), kThreads, launch.stream, args, inverse, counted, n_counted,
                      partials, ticket);
       } else {
         const int tile = rows_of_warp(a.n, z.width, kWarp / lanes());
         const int64_t blocks = few_blocks((a.n + kWarps * tile - 1) / (kWarps * tile));
-        return start(&group_kernel<lanes(), T, S>, blocks, kThreads, launch.stream, args, inverse, tile, counted,
-                     n_counted, partials, ticket);
+        return start(&group_kernel<lanes(), T, S>, blocks, kThreads, launch.stream, args, inverse, simple, tile,
+                     counted, n_counted, partials, ticket);
       }
     });
   });

@@ -188,9 +188,20 @@ struct RowToken {
   bool on[1] = {false};
   Token<T> token[1] = {};
 
-  PF_DEV void read(const LossArgs& a, int64_t i, Offence* index_offence) {
+  // simple: see has_simple_streams.
+  PF_DEV void read(const LossArgs& a, int64_t i, Offence* index_offence, bool simple) {
     at = gathered(a.index, i, a.stored, index_offence);
-    if (at >= 0) read_tokens<false>(a, i, at, on, token);
+    if (at < 0) return;
+    if (!simple) return read_tokens<false>(a, i, at, on, token);
+    const auto number = [](const Stream& s, int64_t k) {
+      return s.data ? static_cast<T>(static_cast<const float*>(s.data)[k]) : T(0);
+    };
+    on[0] = !a.mask.data || static_cast<const uint8_t*>(a.mask.data)[at] != 0;
+    Token<T>& x = token[0];
+    x.old_log_prob = number(a.old_log_prob, at), x.advantage = number(a.advantages, at);
+    x.old_value = number(a.old_values, at), x.target = number(a.returns, at);
+    x.ref_log_prob = number(a.ref_log_prob, at), x.rollout_log_prob = number(a.rollout_log_prob, at);
+    x.weight = number(a.weights, i), x.value = number(a.values, i);
   }
   PF_DEV TokenGradients<T> loss(T log_prob, T entropy, const LossSetup<T>& setup, TokenSums<T>& sums) {
     if (!on[0]) return {};
@@ -242,6 +253,15 @@ inline cudaError_t queue_counts(const LossArgs& a, Launch& launch, CountedSums*&
   counted = nullptr, blocks = 0;
   if (!a.params.normalize_advantages && !(a.mask.data && !a.sum)) return cudaSuccess;
   return queue_moments<T>(a.advantages, a.mask, a.index, a.stored, a.n, launch, counted, blocks);
+}
+
+// Whether every stream is contiguous float32, and the mask bytes: then nothing has to be asked for each token.
+inline bool has_simple_streams(const LossArgs& a) {
+  for (const Stream* s : {&a.old_log_prob, &a.advantages, &a.old_values, &a.returns, &a.ref_log_prob,
+                          &a.rollout_log_prob, &a.weights, &a.values}) {
+    if (!is_plain(*s, DType::f32, 4)) return false;
+  }
+  return is_plain(a.mask, DType::boolean, 1) || is_plain(a.mask, DType::u8, 1);
 }
 
 inline bool all_plain(const LossArgs& a) {

@@ -12,7 +12,7 @@ namespace {
 
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    normal_ppo_loss_kernel(const __grid_constant__ LossArgs a, const __grid_constant__ NormalRows d,
+    normal_ppo_loss_kernel(const __grid_constant__ LossArgs a, const __grid_constant__ NormalRows d, bool simple,
                            const CountedSums* counted, int n_counted, LossSums* partials, unsigned* ticket) {
   PF_SHARED(NormalTile<T>, tile);
   PF_SHARED(int64_t[kThreads], action_rows);
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     const int64_t i = first + threadIdx.x;
     const bool there = static_cast<int>(threadIdx.x) < rows;
     RowToken<T> token;
-    if (there) token.read(a, i, a.index_offence);
+    if (there) token.read(a, i, a.index_offence, simple);
     action_rows[threadIdx.x] = token.at;
     const NormalRow<T> row = normal_forward<kPlain>(d, tile, first, rows, action_row);
     if (there) {
@@ -54,14 +54,15 @@ cudaError_t normal_ppo_loss(const NormalPpoLossArgs& args, Launch& launch) {
     if (const cudaError_t e = queue_counts<T>(a, launch, counted, n_counted); e != cudaSuccess) return e;
     auto* partials = launch.allocate<LossSums>(blocks);
     unsigned* ticket = launch.ticket(launch.context);
+    const bool simple = has_simple_streams(a);
     if constexpr (sizeof(T) == 4) {
       if (is_plain(d) && !a.index.data) {
-        return start(&normal_ppo_loss_kernel<T, true>, blocks, kThreads, launch.stream, a, d, counted, n_counted,
-                     partials, ticket);
+        return start(&normal_ppo_loss_kernel<T, true>, blocks, kThreads, launch.stream, a, d, simple, counted,
+                     n_counted, partials, ticket);
       }
     }
-    return start(&normal_ppo_loss_kernel<T, false>, blocks, kThreads, launch.stream, a, d, counted, n_counted, partials,
-                 ticket);
+    return start(&normal_ppo_loss_kernel<T, false>, blocks, kThreads, launch.stream, a, d, simple, counted, n_counted,
+                 partials, ticket);
   });
 }
 

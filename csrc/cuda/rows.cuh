@@ -131,11 +131,11 @@ struct Place {
     if (++column == width) column = 0, ++row;
   }
 };
-// f(e, place): the thread's elements [e, e + kShare) of the tile, of which those below rows·width exist.
+// f(e, place): the thread's elements [e, e + kShare) of the n first of a tile of rows that are `width` long.
 template <int kShare, class F>
-PF_DEV void over_tile(int rows, int width, F&& f) {
+PF_DEV void over_elements(int n, int width, F&& f) {
   constexpr int kStep = kThreads * kShare;
-  const int n = rows * width, down = kStep / width, right = kStep % width;
+  const int down = kStep / width, right = kStep % width;
   int e = threadIdx.x * kShare;
   Place p{e / width, e % width, width};
   for (; e < n; e += kStep) {
@@ -143,6 +143,11 @@ PF_DEV void over_tile(int rows, int width, F&& f) {
     p.row += down, p.column += right;
     if (p.column >= width) p.column -= width, ++p.row;
   }
+}
+// The same of all elements, of which those below rows·width exist.
+template <int kShare, class F>
+PF_DEV void over_tile(int rows, int width, F&& f) {
+  over_elements<kShare>(rows * width, width, f);
 }
 
 // Blocks for the tiles of n rows; where blocks leave sums behind, at least one and not too many.

@@ -10,6 +10,8 @@ import dataclasses
 
 import pytest
 import torch
+
+pytest.importorskip("gymnasium")  # a GPU machine may have a torch of its own and no environments
 from rich.console import Console
 from test_trainer_resume import assert_equal_states, masked_guess
 from trainer_worlds import Push
