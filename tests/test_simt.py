@@ -53,7 +53,7 @@ def test_the_ops_tests_pass_on_the_cuda_kernels(op, seed, blocks):
     done = run("-m", "pytest", "-p", "simt.plugin", "-p", "no:cacheprovider", "-vv", f"tests/test_{op}.py",
                PF_SIMT_SEED=str(seed), PF_SIMT_BLOCKS=str(blocks))  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert done.stdout.count(" PASSED") >= 8, done.stdout[-2000:]
+    assert done.stdout.count(" PASSED") >= 6, done.stdout[-2000:]
 
 
 def test_a_label_out_of_range_is_said_and_gives_its_row_0():

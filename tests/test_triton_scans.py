@@ -347,10 +347,17 @@ def test_sparse_final_values():
 
 
 def test_large_ratios_meet_a_zero_step_by_step():
-    zero = torch.zeros(9, 2)
-    for time_dim, x in ((0, zero), (1, zero.t())):
-        targets, _ = vtrace(torch.full_like(x, 60.0), x, x, c_clip=math.inf, time_dim=time_dim)
-        assert not bool(targets.any())
+    """Where a segment as one map would multiply infinity by 0."""
+    zero, large = torch.zeros(30, 2), torch.full((30, 2), 60.0)
+    rewards = zero.clone()
+    rewards[0] = 1.0
+    for time_dim in (0, 1):
+        x = [y.t() if time_dim else y for y in (large, rewards, zero)]
+        for clips in ({}, {"rho_clip": math.inf}):
+            targets, _ = vtrace(*x, c_clip=math.inf, **clips, time_dim=time_dim)
+            expected = reference.vtrace(*x, c_clip=math.inf, **clips, time_dim=time_dim)[0]
+            assert bool(targets.isfinite().all())
+            torch.testing.assert_close(targets, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", OPS)
