@@ -41,7 +41,8 @@ PYBIND11_MODULE(_simt_faults, m) {
   m.def("sums_of_warps", [=](intptr_t out) { return run(&sums_of_warps, 1, out); });
   m.def("barrier_for_some", [=](intptr_t out) { return run(&barrier_for_some, 1, out); });
   m.def("shuffle_for_some", [=](intptr_t out) { return run(&shuffle_for_some, 1, out); });
-  m.def("waits_for_a_later_block", [=](intptr_t out, int blocks) { return run(&waits_for_a_later_block, blocks, out); });
+  m.def("waits_for_a_later_block",
+        [=](intptr_t out, int blocks) { return run(&waits_for_a_later_block, blocks, out); });
   m.def("writes_past_the_end", [=](intptr_t out, int n) { return run(&writes_past_the_end, 1, out, n); });
   m.def("reads_shared", [=](intptr_t out) { return run(&reads_shared_memory_before_it_is_written, 1, out); });
   m.def("set_schedule", &simt::set_schedule);
