@@ -251,8 +251,9 @@ PF_DEV bool finish_loss(const LossArgs& a, const LossSetup<T>& setup, const Toke
 template <class T>
 inline cudaError_t queue_counts(const LossArgs& a, Launch& launch, CountedSums*& counted, int& blocks) {
   counted = nullptr, blocks = 0;
-  if (!a.params.normalize_advantages && !(a.mask.data && !a.sum)) return cudaSuccess;
-  return queue_moments<T>(a.advantages, a.mask, a.index, a.stored, a.n, launch, counted, blocks);
+  const bool normalize = a.params.normalize_advantages, given = a.denominator == a.denominator;
+  if (!normalize && (!a.mask.data || a.sum || given)) return cudaSuccess;
+  return queue_moments<T>(normalize ? a.advantages : Stream{}, a.mask, a.index, a.stored, a.n, launch, counted, blocks);
 }
 
 // Whether every stream is contiguous float32, and the mask bytes: then nothing has to be asked for each token.

@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 1)
   const T end = Op::kValues ? T(0) : last;
   if constexpr (kChained) {
     if (warp == kAcrossWarps - 1) entering[warp][lane] = active && !is_last ? wait_for(posts.x + at + a.columns) : end;
+#pragma unroll 1
     for (int w = kAcrossWarps - 1; w >= 0; --w) {
       __syncthreads();
       if (w != warp) continue;
@@ -496,6 +497,7 @@ __global__ void __launch_bounds__(kAlongWarps* kWarp, 1)
   T x = T(0);
   if constexpr (kChained) {
     T entering = active && !is_last ? wait_for(posts.x + after) : behind;
+#pragma unroll 1
     for (int turn = kLanes - 1; turn >= 0; --turn) {
       T leaving = T(0);
       if (segment == turn) leaving = s.solve(op, a, next, entering, out);

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const CountedSums* parti
 
 // given: count, mean and m2; or nullptr: they are summed from the partials, by every block for itself.
 template <class T, bool kPlain>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     apply_kernel(const __grid_constant__ WhitenArgs a, const double* given, const CountedSums* partials, int count) {
   PF_SHARED(Moments, m);
   if (given) {
