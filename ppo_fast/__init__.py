@@ -17,6 +17,8 @@ from .ops.categorical_log_prob import categorical_log_prob
 from .ops.categorical_ppo_loss import categorical_ppo_loss
 from .ops.discounted_returns import discounted_returns
 from .ops.gae import gae
+from .ops.linear_log_prob import linear_log_prob
+from .ops.linear_ppo_loss import linear_ppo_loss
 from .ops.multi_categorical_log_prob import multi_categorical_log_prob
 from .ops.normal_log_prob import normal_log_prob
 from .ops.normal_ppo_loss import normal_ppo_loss
@@ -28,6 +30,6 @@ from .outputs import PPOLoss, Stats
 __version__ = "0.1.0"
 __all__ = [
     "LossConfig", "PPOLoss", "Stats", "bernoulli_log_prob", "beta_log_prob", "categorical_log_prob",
-    "categorical_ppo_loss", "discounted_returns", "explain", "gae", "multi_categorical_log_prob", "normal_log_prob",
+    "categorical_ppo_loss", "discounted_returns", "explain", "gae", "linear_log_prob", "linear_ppo_loss", "multi_categorical_log_prob", "normal_log_prob",
     "normal_ppo_loss", "ppo_loss", "use_backend", "vtrace", "whiten",
 ]  # fmt: skip

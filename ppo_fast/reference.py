@@ -239,6 +239,27 @@ def categorical_log_prob(
     return log_prob, torch.where(live, -plogp.sum(-1), 0.0)
 
 
+def linear_logits(hidden, weight, bias=None, softcap=None):
+    """softcap(hidden·Wᵀ + bias), in the wider dtype of both, or autocast's."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def linear_log_prob(
+    hidden, weight, targets, *, bias=None, temperature=1.0, softcap=None, ignore_index=None, entropy=True,
+):  # fmt: skip
+    """`categorical_log_prob` of all logits at once."""
+    if ignore_index is not None:
+        hidden = torch.where((targets != ignore_index)[..., None], hidden, 0.0)
+    logits = linear_logits(hidden, weight, bias, softcap)
+    return categorical_log_prob(
+        logits, targets, temperature=temperature, ignore_index=ignore_index, entropy=entropy
+    )  # fmt: skip
+
+
 def multi_categorical_log_prob(logits, actions, nvec: Sequence[int], *, action_mask=None, entropy=True):
     """Independent categoricals side by side: sums over the heads."""
     masks = [None] * len(nvec) if action_mask is None else action_mask.split(list(nvec), -1)
@@ -443,6 +464,22 @@ def ppo_loss(
         ]  # fmt: skip
         vector = torch.stack([s.detach().to(dtype) for s in stats])
     return PPOLoss(loss, Stats(vector))
+
+
+def linear_ppo_loss(
+    hidden, weight, targets, config, rollout, bias=None, temperature=1.0, softcap=None, values=None, cu_seqlens=None,
+    denominator=None,
+) -> PPOLoss:  # fmt: skip
+    """`linear_log_prob`, then `ppo_loss`. rollout: (old_log_prob, advantages, old_values, returns, ref_log_prob,
+    rollout_log_prob, mask, weights)."""
+    old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights = rollout
+    hidden, targets = _valid_rows(mask, hidden, targets)
+    log_prob, h = linear_log_prob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap)
+    return ppo_loss(
+        log_prob, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns, entropy=h,
+        ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, cu_seqlens=cu_seqlens, weights=weights,
+        denominator=denominator,
+    )  # fmt: skip
 
 
 def _minibatch(rows: torch.Size, index: Tensor | None, action_ndim: int, stored: dict[str, Any]) -> dict[str, Any]:

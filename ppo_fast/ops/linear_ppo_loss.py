@@ -1,0 +1,214 @@
+"""PPO loss of a language model from the hidden states, without the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._autograd import attach
+from ..config import LossConfig
+from ..outputs import PPOLoss
+from ..reductions import token_weights
+from . import _linear, _loss
+from .ppo_loss import ppo_loss
+from .whiten import whiten
+
+_OP = "linear_ppo_loss"
+#: Policies of which a token's gradient needs its whole sequence.
+SEQUENCE_LEVEL = ("gspo", "gspo_token", "gmpo", "vespo")
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    config: LossConfig | None = None,
+    *,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    ref_log_prob: Tensor | None = None,
+    rollout_log_prob: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    group: Any = None,
+    logits_memory: int | None = None,
+) -> PPOLoss:
+    """`ppo_loss` of `linear_log_prob`'s log-probs and entropy, with gradients made while a chunk's logits are there:
+    three matrix products in all, no logits kept, none computed twice.
+
+    Formula: logits = hidden·Wᵀ + bias; log_prob and entropy as `linear_log_prob`; loss and statistics as `ppo_loss`.
+
+    Args:
+        hidden: [..., H], weight: [V, H], targets: [...], bias, temperature, softcap, group, logits_memory: as of
+            `linear_log_prob`. Gradients: hidden, weight, bias.
+        old_log_prob, advantages and everything else: as of `ppo_loss`, [...] as targets. Gradient: values.
+        mask: tokens where it is 0 are not read, cost nothing on a CPU, and their target may be anything.
+
+    Returns:
+        PPOLoss(loss, stats), the same numbers as `ppo_loss` of the log-probs.
+
+    A token's gradient needs its own log-prob, its weight and, for policies over sequences, those of its sequence: a chunk is
+    made of whole sequences then. So it is known while the chunk's logits are alive, and is written over them.
+    Tokens whose gradient is exactly 0 (masked, clipped on the bad side, A = 0) leave both products of the backward on a CPU,
+    where to find them costs no wait; an entropy or KL term gives every valid token one.
+
+    Gradient: dW is summed in float32 at least. All are made in the forward for a grad_output of 1 and scaled by it in the
+    backward, on the device. A second backward over a retained graph computes them again; double backward goes through the
+    reference, which has all logits.
+
+    Errors: those of `linear_log_prob` and `ppo_loss`.
+
+    Cost: 6·M·H·V FLOPs (frozen weight: 4), less 4·H·V for each token without a gradient and 6 for each one masked (CPU).
+    Memory: logits_memory; d_hidden; dW in float32. The loss itself: `ppo_loss` twice, on a chunk and on all tokens.
+    """
+    config = _loss.check_config(_OP, config)
+    _linear.check(_OP, hidden, weight, targets, bias, temperature, softcap, group, logits_memory)
+    rollout = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
+    _loss.constants(_OP, ("targets", *_loss.ROLLOUT), (targets, *rollout))
+    for name, x in zip(_loss.ROLLOUT, rollout, strict=True):
+        if isinstance(x, Tensor) and x.shape != targets.shape:
+            raise ValueError(f"{_OP}: {name} must be the shape of targets = {list(targets.shape)}, got {list(x.shape)}")
+    if denominator is not None:
+        _loss.check_denominator(_OP, denominator)
+    head_options = (temperature, softcap)
+    backend = None if torch.compiler.is_compiling() else _linear.pick(_OP, hidden, weight, targets, bias, values)
+    if backend is None:
+        return reference.linear_ppo_loss(
+            hidden, weight, targets, config, rollout, bias, *head_options, values, cu_seqlens, denominator
+        )
+    with_grad = torch.is_grad_enabled()
+    inputs = (hidden, weight, bias, values)
+    needed = [with_grad and x is not None and x.requires_grad for x in inputs]
+    call = _Call(backend, needed, config, targets, rollout, head_options, cu_seqlens, denominator, group, logits_memory)
+    out, call.grads = call.run(inputs)
+    call.loss = out.loss
+    return out._replace(loss=attach(call, inputs)) if True in needed else out
+
+
+class _Call:
+    """See `_autograd.Call`."""
+
+    def __init__(
+        self, backend, needed, config, targets, rollout, head_options, cu_seqlens, denominator, group, logits_memory
+    ) -> None:
+        self.backend, self.needed, self.config, self.targets, self.rollout = backend, needed, config, targets, rollout
+        self.head_options, self.cu_seqlens, self.denominator = head_options, cu_seqlens, denominator
+        self.group, self.logits_memory = group, logits_memory
+        self.loss: Any = None
+        self.grads: list[Tensor | None] | None = None
+
+    @torch.no_grad()
+    def run(self, inputs) -> tuple[PPOLoss, list[Tensor | None]]:
+        """Loss and statistics, and the gradients that are wanted."""
+        hidden, weight, bias, values = (None if x is None else x.detach() for x in inputs)
+        streams = dict(zip(_loss.ROLLOUT, self.rollout, strict=True))
+        head = _linear.Head(
+            _OP, hidden, weight, self.targets, bias, *self.head_options, None, streams["mask"], self.group,
+            self.logits_memory,
+        )  # fmt: skip
+        dtype = torch.float64 if head.dtype is torch.float64 else torch.float32
+        log_prob = torch.zeros(head.n, dtype=dtype, device=hidden.device)
+        entropy = torch.zeros_like(log_prob)
+        grads = _linear.Gradients(head, tuple(self.needed[:3]))
+        with_head_gradient = any(self.needed[:3])
+        of_chunk = _ChunkLoss(self, streams, log_prob) if with_head_gradient else None
+        sequences = self._sequence_ends(head.n) if with_head_gradient and self.config.policy in SEQUENCE_LEVEL else None
+        buffer = None
+        for rows in head.blocks(head.chunk_rows(1.0 if self.group is None else 0.5), sequences):
+            live = head.live(rows)
+            if buffer is None or len(buffer) < rows.stop - rows.start:
+                buffer = torch.empty((rows.stop - rows.start, head.vocabulary), dtype=head.dtype, device=hidden.device)
+            chunk = head.forward(self.backend, live, buffer, True)
+            log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy
+            if of_chunk is not None:
+                d_log_prob, d_entropy = of_chunk(rows, log_prob[rows], entropy[rows])
+                if not isinstance(live, slice):
+                    d_log_prob = d_log_prob[live - rows.start]
+                    d_entropy = None if d_entropy is None else d_entropy[live - rows.start]
+                head.backward(self.backend, chunk, d_log_prob, d_entropy, grads)
+
+        with torch.enable_grad():
+            if self.needed[3]:
+                values.requires_grad_()
+            out = ppo_loss(
+                log_prob.view(head.lead), config=self.config, values=values, entropy=entropy.view(head.lead),
+                cu_seqlens=self.cu_seqlens, denominator=self.denominator, **streams,
+            )  # fmt: skip
+            d_values = torch.autograd.grad(out.loss, values)[0] if self.needed[3] else None
+        return out._replace(loss=out.loss.detach()), [*grads.results(head, hidden.shape), d_values]
+
+    def _sequence_ends(self, n: int) -> list[int]:
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.tolist()[1:]
+        length = self.targets.shape[-1]
+        return list(range(length, n + 1, length)) if length else []
+
+    def recompute(self, inputs):
+        return self.run(inputs)[1]
+
+    def scale(self, grads, grad_loss):
+        if grad_loss.is_cpu:
+            if grad_loss.item() == 1.0:
+                return grads
+            return [None if g is None else g.mul_(grad_loss) for g in grads]
+        self.backend.ops.scale(grad_loss, *[g for g in grads if g is not None])  # looks at grad_loss on the device
+        return grads
+
+    def specification(self, hidden, weight, bias, values):
+        return reference.linear_ppo_loss(
+            hidden, weight, self.targets, self.config, self.rollout, bias, *self.head_options, values, self.cu_seqlens,
+            self.denominator,
+        ).loss  # fmt: skip
+
+
+class _ChunkLoss:
+    """d loss / d (log_prob, entropy) of a block of tokens; what all tokens must agree on is settled before."""
+
+    def __init__(self, call: _Call, streams: dict[str, Tensor | None], like: Tensor) -> None:
+        config, mask, shape = call.config, streams["mask"], call.targets.shape
+        valid = None if mask is None else mask != 0
+        element = like.new_empty(()).expand(shape)
+        weights = token_weights(element, valid, config.reduction, streams["weights"], call.denominator, call.cu_seqlens)
+        if config.normalize_advantages:
+            streams = dict(streams)
+            streams["advantages"] = whiten(
+                streams["advantages"].to(like.dtype), mask=mask, ddof=config.advantage_ddof, eps=config.advantage_eps
+            )
+            config = dataclasses.replace(config, normalize_advantages=False)
+        self.config, self.with_entropy = config, config.entropy_coef != 0
+        self.by_sequence = config.policy in SEQUENCE_LEVEL
+        self.cu_seqlens, self.length = call.cu_seqlens, shape[-1] if shape else 1
+        wanted = ("old_log_prob", "advantages", "ref_log_prob", "rollout_log_prob", "mask")
+        flat = {name: None if (x := streams[name]) is None else x.reshape(-1) for name in wanted}
+        self.flat: dict[str, Tensor | None] = {**flat, "weights": weights.reshape(-1)}
+
+    def __call__(self, rows: slice, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        shape, cu_seqlens = torch.Size([len(log_prob)]), None
+        if self.by_sequence and self.cu_seqlens is not None:
+            inside = (self.cu_seqlens >= rows.start) & (self.cu_seqlens <= rows.stop)
+            cu_seqlens = self.cu_seqlens[inside] - rows.start
+        elif self.by_sequence:
+            shape = torch.Size([len(log_prob) // self.length, self.length])
+        streams = {name: None if x is None else x[rows].view(shape) for name, x in self.flat.items()}
+        leaves = [log_prob.view(shape).requires_grad_()]
+        if self.with_entropy:
+            leaves.append(entropy.view(shape).requires_grad_())
+        with torch.enable_grad():
+            loss = ppo_loss(
+                leaves[0], config=self.config, entropy=leaves[1] if self.with_entropy else None, cu_seqlens=cu_seqlens,
+                **streams,
+            ).loss  # fmt: skip
+            found = torch.autograd.grad(loss, leaves)
+        return found[0].reshape(-1), found[1].reshape(-1) if self.with_entropy else None
