@@ -30,6 +30,7 @@ from .outputs import PPOLoss, Stats
 __version__ = "0.1.0"
 __all__ = [
     "LossConfig", "PPOLoss", "Stats", "bernoulli_log_prob", "beta_log_prob", "categorical_log_prob",
-    "categorical_ppo_loss", "discounted_returns", "explain", "gae", "linear_log_prob", "linear_ppo_loss", "multi_categorical_log_prob", "normal_log_prob",
-    "normal_ppo_loss", "ppo_loss", "use_backend", "vtrace", "whiten",
+    "categorical_ppo_loss", "discounted_returns", "explain", "gae", "linear_log_prob", "linear_ppo_loss",
+    "multi_categorical_log_prob", "normal_log_prob", "normal_ppo_loss", "ppo_loss", "use_backend", "vtrace",
+    "whiten",
 ]  # fmt: skip

@@ -49,7 +49,7 @@ class Gradients:
         hidden = self.hidden
         if hidden is not None and head.group is not None:
             torch.distributed.all_reduce(hidden, group=head.group)
-        pairs = ((hidden, head.hidden), (self.weight, head.weight), (self.bias, head.bias))
+        pairs: Any = ((hidden, head.hidden), (self.weight, head.weight), (self.bias, head.bias))
         found: list[Any] = [None if g is None else g.to(x.dtype) for g, x in pairs]
         return [None if hidden is None else found[0].view(shape), *found[1:]]
 
@@ -70,7 +70,8 @@ class Head:
         self.temperature, rows = _temperature(op, temperature, targets)
         self.temperatures = None if rows is None else rows.reshape(-1)
         self.n, self.vocabulary = self.hidden.shape[0], weight.shape[0]
-        self.rank, self.ranks = (group.rank(), group.size()) if group is not None else (0, 1)
+        self.rank: int = 0 if group is None else group.rank()
+        self.ranks: int = 1 if group is None else group.size()
         targets = targets.reshape(-1).long()
         skipped = None if ignore_index is None else targets == ignore_index
         if mask is not None:
@@ -161,10 +162,15 @@ class Head:
         empty = saved[1] == math.inf  # nothing possible in the shard, or skipped
         lse = torch.where(empty, -math.inf, base + saved[1])
         taken = torch.where(own, log_prob + lse, 0.0)
-        mine = torch.stack([lse, h, torch.where(own & empty, -math.inf, taken)])
-        all_ranks = mine.new_empty((self.ranks, *mine.shape))
-        torch.distributed.all_gather_into_tensor(all_ranks, mine, group=self.group)
-        lses, entropies, taken_of = all_ranks.unbind(1)
+        size = torch.full_like(lse, self.vocabulary)
+        mine = torch.stack([lse, h, torch.where(own & empty, -math.inf, taken), size])
+        all_ranks = [torch.empty_like(mine) for _ in range(self.ranks)]
+        torch.distributed.all_gather(all_ranks, mine, group=self.group)
+        lses, entropies, taken_of, sizes = torch.stack(all_ranks, 1)
+        if self.on_cpu and bool((sizes != size).any()):
+            raise ValueError(
+                f"{self.op}: weight must have as many rows on every rank of group, got {sizes[:, 0].int().tolist()}"
+            )
         total = lses.logsumexp(0)
         dead = skipped | (total == -math.inf)
         total = torch.where(dead, 0.0, total)
@@ -255,6 +261,15 @@ def _temperature(op: str, temperature: float | Tensor, targets: Tensor) -> tuple
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"{op}: temperature must be a finite number > 0 or a tensor, got {temperature!r}")
     return float(temperature), None
+
+
+def compiled_temperature(
+    op: str, temperature: float | Tensor, targets: Tensor, group: Any
+) -> tuple[float, Tensor | None]:
+    """What a registered op takes; collectives are none of its arguments."""
+    if group is not None:
+        raise ValueError(f"{op}: group must be None under torch.compile, got {type(group).__name__}")
+    return _temperature(op, temperature, targets)
 
 
 def check(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _backend, _library, reference
 from . import _checks, _linear
 
 _OP = "linear_log_prob"
@@ -62,6 +62,8 @@ def linear_log_prob(
     Errors: TypeError for a dtype; ValueError for a shape, a temperature or softcap <= 0, a target outside the vocabulary
     (on a GPU in a later call), logits_memory <= 0.
 
+    Under torch.compile nothing is kept for the backward, and `group` is refused.
+
     Cost: forward 2·M·H·V FLOPs, backward 4·M·H·V (without dW half) and 2·M·H·V times the share of logits that did not fit;
     tokens whose gradient is 0 are left out on a CPU. Memory: logits_memory, and dW in float32.
     """
@@ -71,7 +73,11 @@ def linear_log_prob(
     )
     options = (temperature, softcap, ignore_index, entropy)
     if torch.compiler.is_compiling():
-        return _compiled(hidden, weight, targets, bias, options, group, logits_memory)
+        if not _backend.compiles_kernel(hidden):
+            return _reference(hidden, weight, targets, bias, *options)
+        number, rows = _linear.compiled_temperature(_OP, temperature, targets, group)
+        log_prob, h = _op(hidden, weight, targets, bias, rows, number, softcap, ignore_index, entropy, logits_memory)
+        return log_prob, h if entropy else None
     backend = _linear.pick(_OP, hidden, weight, targets, bias)
     if backend is None:
         return _reference(hidden, weight, targets, bias, *options)
@@ -107,7 +113,7 @@ def _forward(backend, head: _linear.Head, entropy: bool, keep: bool):
         chunk = head.forward(backend, live, buffer, entropy)
         log_prob[live] = chunk.log_prob
         if h is not None:
-            h[live] = chunk.entropy
+            h[live] = chunk.entropy  # type: ignore[assignment]
         if keep:
             written_over = _KEPT - 1 <= i < len(blocks) - 1
             chunks.append(chunk._replace(logits=None) if written_over else chunk)
@@ -134,12 +140,83 @@ class _Function(torch.autograd.Function):
 
             found = _checks.gradients_by_reference(specification, inputs, (d_log_prob, d_entropy))
             return None, None, None, None, *found, *([None] * (3 - len(found)))
-        head, grads = ctx.head, _linear.Gradients(ctx.head, ctx.needs_input_grad[4:])
-        zeros = torch.zeros(head.n, dtype=torch.float32, device=hidden.device) if d_log_prob is None else None
-        g = zeros if d_log_prob is None else d_log_prob.reshape(-1)
-        e = None if d_entropy is None else d_entropy.reshape(-1)
-        for i, chunk in enumerate(ctx.chunks):
-            of_entropy = None if e is None else e[chunk.rows].contiguous()
-            head.backward(ctx.backend, chunk, g[chunk.rows], of_entropy, grads)
-            ctx.chunks[i] = chunk._replace(logits=None)  # overwritten: a second backward computes them again
-        return None, None, None, None, *grads.results(head, hidden.shape)
+        needed = ctx.needs_input_grad[4:]
+        found = _backward(ctx.backend, ctx.head, ctx.chunks, d_log_prob, d_entropy, needed, hidden.shape)
+        return None, None, None, None, *found
+
+
+def _backward(backend, head, chunks, d_log_prob, d_entropy, needed, shape):
+    """Gradients of hidden, weight and bias. The chunks' logits are overwritten and forgotten."""
+    grads = _linear.Gradients(head, needed)
+    g = chunks[0].log_prob.new_zeros(head.n) if d_log_prob is None else d_log_prob.reshape(-1)
+    e = None if d_entropy is None else d_entropy.reshape(-1)
+    for i, chunk in enumerate(chunks):
+        head.backward(backend, chunk, g[chunk.rows], None if e is None else e[chunk.rows].contiguous(), grads)
+        chunks[i] = chunk._replace(logits=None)  # a second backward computes them again
+    return grads.results(head, shape)
+
+
+# --- under torch.compile ----------------------------------------------------------------------------------------------
+
+
+def _head(hidden, weight, targets, bias, rows, temperature, softcap, ignore_index, logits_memory):
+    backend = _linear.pick(_OP, hidden, weight, targets, bias)
+    if backend is None:
+        raise RuntimeError(f"{_OP}: compiled for kernels that take no tensor on {hidden.device} any more")
+    return backend, _linear.Head(
+        _OP, hidden, weight, targets, bias, temperature if rows is None else rows, softcap, ignore_index, None, None,
+        logits_memory,
+    )  # fmt: skip
+
+
+def _kernel(hidden, weight, targets, bias, rows, temperature, softcap, ignore_index, entropy, logits_memory):
+    backend, head = _head(hidden, weight, targets, bias, rows, temperature, softcap, ignore_index, logits_memory)
+    log_prob, h, _ = _forward(backend, head, entropy, False)
+    return log_prob, _library.placeholder(log_prob) if h is None else h
+
+
+def _fake(hidden, weight, targets, bias, rows, temperature, softcap, ignore_index, entropy, logits_memory):
+    dtype = _checks.compute_dtype(hidden, weight)
+    return targets.new_empty(targets.shape, dtype=dtype), targets.new_empty(
+        targets.shape if entropy else 0, dtype=dtype
+    )
+
+
+def _backward_kernel(
+    hidden, weight, targets, bias, rows, temperature, softcap, ignore_index, logits_memory, d_log_prob, d_entropy
+):
+    backend, head = _head(hidden, weight, targets, bias, rows, temperature, softcap, ignore_index, logits_memory)
+    _, _, chunks = _forward(backend, head, d_entropy is not None, True)
+    found = _backward(backend, head, chunks, d_log_prob, d_entropy, (True, True, bias is not None), hidden.shape)
+    return *found[:2], _library.placeholder(hidden) if bias is None else found[2]
+
+
+def _backward_fake(hidden, weight, targets, bias, *_):
+    of_bias = hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), of_bias
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.logits_memory = inputs[5:]
+
+
+def _autograd(ctx, d_log_prob, d_entropy):
+    options = (ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.logits_memory)
+    d_entropy = d_entropy if ctx.entropy else None
+    d_hidden, d_weight, d_bias = _backward_op(*ctx.saved_tensors, *options, d_log_prob, d_entropy)
+    return d_hidden, d_weight, None, None if ctx.saved_tensors[3] is None else d_bias, *([None] * 6)
+
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? temperatures"
+_OPTIONS = "float temperature, float? softcap, int? ignore_index"
+_backward_op = _library.define(
+    f"{_OP}_backward",
+    f"({_TENSORS}, {_OPTIONS}, int? logits_memory, Tensor? d_log_prob, Tensor? d_entropy) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+_op = _library.define(
+    _OP, f"({_TENSORS}, {_OPTIONS}, bool entropy, int? logits_memory) -> (Tensor, Tensor)", _kernel, _fake,
+    _setup_context, _autograd,
+)  # fmt: skip

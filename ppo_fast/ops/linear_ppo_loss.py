@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _backend, _library, reference
 from .._autograd import attach
-from ..config import LossConfig
-from ..outputs import PPOLoss
+from ..config import STATS, LossConfig
+from ..outputs import PPOLoss, Stats
 from ..reductions import token_weights
 from . import _linear, _loss
 from .ppo_loss import ppo_loss
@@ -68,7 +69,7 @@ def linear_ppo_loss(
     backward, on the device. A second backward over a retained graph computes them again; double backward goes through the
     reference, which has all logits.
 
-    Errors: those of `linear_log_prob` and `ppo_loss`.
+    Errors: those of `linear_log_prob` and `ppo_loss`. Under torch.compile `group` is refused.
 
     Cost: 6·M·H·V FLOPs (frozen weight: 4), less 4·H·V for each token without a gradient and 6 for each one masked (CPU).
     Memory: logits_memory; d_hidden; dW in float32. The loss itself: `ppo_loss` twice, on a chunk and on all tokens.
@@ -83,7 +84,17 @@ def linear_ppo_loss(
     if denominator is not None:
         _loss.check_denominator(_OP, denominator)
     head_options = (temperature, softcap)
-    backend = None if torch.compiler.is_compiling() else _linear.pick(_OP, hidden, weight, targets, bias, values)
+    compiling = torch.compiler.is_compiling()
+    if compiling and _backend.compiles_kernel(hidden):
+        number, rows = _linear.compiled_temperature(_OP, temperature, targets, group)
+        if isinstance(denominator, (int, float)):
+            denominator = torch.full((), denominator, dtype=torch.float64, device=targets.device)
+        loss, stats, *_ = _op(
+            hidden, weight, bias, values, targets, *rollout, cu_seqlens, denominator, rows, number, softcap,
+            logits_memory, config.policy, config.reduction, config.numbers_vector, *config.choices(),
+        )  # fmt: skip
+        return PPOLoss(loss, Stats(stats))
+    backend = None if compiling else _linear.pick(_OP, hidden, weight, targets, bias, values)
     if backend is None:
         return reference.linear_ppo_loss(
             hidden, weight, targets, config, rollout, bias, *head_options, values, cu_seqlens, denominator
@@ -104,7 +115,8 @@ class _Call:
         self, backend, needed, config, targets, rollout, head_options, cu_seqlens, denominator, group, logits_memory
     ) -> None:
         self.backend, self.needed, self.config, self.targets, self.rollout = backend, needed, config, targets, rollout
-        self.head_options, self.cu_seqlens, self.denominator = head_options, cu_seqlens, denominator
+        self.temperature, self.softcap = head_options
+        self.cu_seqlens, self.denominator = cu_seqlens, denominator
         self.group, self.logits_memory = group, logits_memory
         self.loss: Any = None
         self.grads: list[Tensor | None] | None = None
@@ -112,10 +124,10 @@ class _Call:
     @torch.no_grad()
     def run(self, inputs) -> tuple[PPOLoss, list[Tensor | None]]:
         """Loss and statistics, and the gradients that are wanted."""
-        hidden, weight, bias, values = (None if x is None else x.detach() for x in inputs)
-        streams = dict(zip(_loss.ROLLOUT, self.rollout, strict=True))
+        hidden, weight, bias, values = detached(inputs)
+        streams: dict[str, Any] = dict(zip(_loss.ROLLOUT, self.rollout, strict=True))
         head = _linear.Head(
-            _OP, hidden, weight, self.targets, bias, *self.head_options, None, streams["mask"], self.group,
+            _OP, hidden, weight, self.targets, bias, self.temperature, self.softcap, None, streams["mask"], self.group,
             self.logits_memory,
         )  # fmt: skip
         dtype = torch.float64 if head.dtype is torch.float64 else torch.float32
@@ -131,7 +143,7 @@ class _Call:
             if buffer is None or len(buffer) < rows.stop - rows.start:
                 buffer = torch.empty((rows.stop - rows.start, head.vocabulary), dtype=head.dtype, device=hidden.device)
             chunk = head.forward(self.backend, live, buffer, True)
-            log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy
+            log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy  # type: ignore[assignment]
             if of_chunk is not None:
                 d_log_prob, d_entropy = of_chunk(rows, log_prob[rows], entropy[rows])
                 if not isinstance(live, slice):
@@ -166,17 +178,22 @@ class _Call:
         self.backend.ops.scale(grad_loss, *[g for g in grads if g is not None])  # looks at grad_loss on the device
         return grads
 
-    def specification(self, hidden, weight, bias, values):
+    def specification(self, *inputs: Any) -> Tensor:
+        hidden, weight, bias, values = inputs
         return reference.linear_ppo_loss(
-            hidden, weight, self.targets, self.config, self.rollout, bias, *self.head_options, values, self.cu_seqlens,
+            hidden, weight, self.targets, self.config, self.rollout, bias, self.temperature, self.softcap, values, self.cu_seqlens,
             self.denominator,
         ).loss  # fmt: skip
+
+
+def detached(inputs: Sequence[Any]) -> list[Any]:
+    return [None if x is None else x.detach() for x in inputs]
 
 
 class _ChunkLoss:
     """d loss / d (log_prob, entropy) of a block of tokens; what all tokens must agree on is settled before."""
 
-    def __init__(self, call: _Call, streams: dict[str, Tensor | None], like: Tensor) -> None:
+    def __init__(self, call: _Call, streams: dict[str, Any], like: Tensor) -> None:
         config, mask, shape = call.config, streams["mask"], call.targets.shape
         valid = None if mask is None else mask != 0
         element = like.new_empty(()).expand(shape)
@@ -192,7 +209,7 @@ class _ChunkLoss:
         self.cu_seqlens, self.length = call.cu_seqlens, shape[-1] if shape else 1
         wanted = ("old_log_prob", "advantages", "ref_log_prob", "rollout_log_prob", "mask")
         flat = {name: None if (x := streams[name]) is None else x.reshape(-1) for name in wanted}
-        self.flat: dict[str, Tensor | None] = {**flat, "weights": weights.reshape(-1)}
+        self.flat: dict[str, Any] = {**flat, "weights": weights.reshape(-1)}
 
     def __call__(self, rows: slice, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         shape, cu_seqlens = torch.Size([len(log_prob)]), None
@@ -201,7 +218,7 @@ class _ChunkLoss:
             cu_seqlens = self.cu_seqlens[inside] - rows.start
         elif self.by_sequence:
             shape = torch.Size([len(log_prob) // self.length, self.length])
-        streams = {name: None if x is None else x[rows].view(shape) for name, x in self.flat.items()}
+        streams: dict[str, Any] = {name: None if x is None else x[rows].view(shape) for name, x in self.flat.items()}
         leaves = [log_prob.view(shape).requires_grad_()]
         if self.with_entropy:
             leaves.append(entropy.view(shape).requires_grad_())
@@ -212,3 +229,53 @@ class _ChunkLoss:
             ).loss  # fmt: skip
             found = torch.autograd.grad(loss, leaves)
         return found[0].reshape(-1), found[1].reshape(-1) if self.with_entropy else None
+
+
+# --- under torch.compile ----------------------------------------------------------------------------------------------
+
+_N_INPUTS, _N_ROLLOUT = 4, len(_loss.ROLLOUT)
+
+
+def _kernel(*args):
+    inputs, (targets, *rest) = args[:_N_INPUTS], args[_N_INPUTS:]
+    rollout, rest = tuple(rest[:_N_ROLLOUT]), rest[_N_ROLLOUT:]
+    cu_seqlens, denominator, rows, temperature, softcap, logits_memory, policy, reduction, numbers, *choices = rest
+    config = LossConfig.unpacked(numbers.tolist(), choices)
+    config = dataclasses.replace(config, policy=policy, reduction=reduction)
+    hidden, weight, bias, values = inputs
+    backend = _linear.pick(_OP, hidden, weight, targets, bias, values)
+    if backend is None:
+        raise RuntimeError(f"{_OP}: compiled for kernels that take no tensor on {hidden.device} any more")
+    needed = [x is not None for x in inputs]
+    options = (temperature if rows is None else rows, softcap)
+    call = _Call(backend, needed, config, targets, rollout, options, cu_seqlens, denominator, None, logits_memory)
+    out, grads = call.run(inputs)
+    return out.loss, out.stats.vector, *(_library.placeholder(hidden) if g is None else g for g in grads)
+
+
+def _fake(hidden, weight, bias, values, targets, *_):
+    dtype = _loss.compute_dtype(hidden, weight, values)
+    grads = (hidden.new_empty(0) if x is None else x.new_empty(x.shape) for x in (hidden, weight, bias, values))
+    return targets.new_empty((), dtype=dtype), targets.new_empty(len(STATS), dtype=dtype), *grads
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.absent = [x is None for x in inputs[:_N_INPUTS]]
+    ctx.n_rest = len(inputs) - _N_INPUTS
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    pairs = zip(ctx.absent, ctx.saved_tensors, strict=True)
+    return *(None if absent else g * grad_loss.to(g.dtype) for absent, g in pairs), *([None] * ctx.n_rest)
+
+
+_STREAMS = ", ".join(f"Tensor{'' if i < 2 else '?'} {name}" for i, name in enumerate(_loss.ROLLOUT))
+_op = _library.define(
+    _OP,
+    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor? values, Tensor targets, {_STREAMS}, Tensor? cu_seqlens, "
+    "Tensor? denominator, Tensor? temperatures, float temperature, float? softcap, int? logits_memory, str policy, "
+    f"str reduction, {_library.CONFIG_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _kernel, _fake, _setup_context, _backward,
+)  # fmt: skip
