@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-OURS, COPY, CLONE = "ours", "copy", "clone"
+OURS, COPY, CLONE, PRODUCTS = "ours", "copy", "clone", "products"
 #: Measured beside the providers to compare with, not to compete.
-YARDSTICKS = (COPY, CLONE)
+YARDSTICKS = (COPY, CLONE, PRODUCTS)
 #: Every provider that an op file may name, and how tables call it.
 LABELS = {
     OURS: "ppo_fast",
@@ -32,6 +32,8 @@ LABELS = {
     "cleanrl": "CleanRL loop",
     "torchrl-loop": "torchrl loop",
     "torchrl-vec": "torchrl vectorised",
+    "torch-chunked": "torch, chunked",
+    PRODUCTS: "the products alone",
     COPY: "copy of as many bytes",
     CLONE: "copy to new memory",
 }
@@ -251,7 +253,7 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
     results: dict[str, dict[str, Tensor]] = {}
     for p in workload.providers:
         row = Row(case, threads, p.name, note="one thread" if p.single_thread else "")
-        if p.name in wanted:
+        if p.name in wanted or p.name == PRODUCTS:
             rows.append(row)
         elif p.name not in (OURS, workload.yardstick):
             continue
@@ -271,7 +273,7 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
         )
         if p.name != OURS and row.error is not None and row.error > SOMETHING_ELSE:
             row.status, row.note = "differs", "computes something else"
-        elif p.name in wanted:
+        elif p.name in wanted or p.name == PRODUCTS:
             ready.append(p)
     by_name = {row.provider: row for row in rows}
     if OURS in by_name:

@@ -20,8 +20,9 @@ from .harness import OURS, Case, Row, run_case
 Op = Literal[
     "gae", "vtrace", "discounted_returns", "whiten", "categorical_log_prob", "multi_categorical_log_prob",
     "bernoulli_log_prob", "normal_log_prob", "beta_log_prob", "ppo_loss", "categorical_ppo_loss", "normal_ppo_loss",
+    "linear_log_prob", "linear_ppo_loss",
 ]  # fmt: skip
-Peer = Literal["ours", "eager", "compile", "numba", "sb3", "cleanrl", "torchrl-loop", "torchrl-vec"]
+Peer = Literal["ours", "eager", "compile", "numba", "sb3", "cleanrl", "torchrl-loop", "torchrl-vec", "torch-chunked"]
 OPS: tuple[str, ...] = Op.__args__  # type: ignore[attr-defined]
 PEERS: tuple[str, ...] = Peer.__args__  # type: ignore[attr-defined]
 
@@ -35,7 +36,7 @@ class BenchConfig:
     all threads. The copy is torch's copy_ of as many bytes as the op must move, in the same run.
 
     Examples: "ppo-fast bench --quick" (a minute, to see that it works), "ppo-fast bench --ops gae ppo_loss",
-    "ppo-fast bench" (some eight minutes; leave the machine alone meanwhile). Missing peers are listed, not needed:
+    "ppo-fast bench" (some fifteen minutes; leave the machine alone meanwhile). Missing peers are listed, not needed:
     pip install "ppo_fast[peers]".
     """
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from triton.runtime.jit import JITFunction
 
+_ON_AMD = torch.version.hip is not None
 _compiled: dict[tuple, _Compiled | None] = {}  # None: cannot be started directly
 _specialised: dict[int, tuple[bool, ...]] = {}  # id of a kernel: which parameters Triton specialises on their value
 
@@ -32,7 +33,7 @@ class _Compiled:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """kernel[grid](*args, **meta) on the current stream of the device that the tensors are on.
+    """kernel[grid](*args, **meta) on the current stream of the device that the first tensor is on.
 
     `args`: all that is not constexpr, in the order of the signature: tensors, None where absent, bools, ints, floats.
     `meta`: the constexprs, which come last in the signature, and options such as num_warps.
@@ -80,7 +81,10 @@ def _key(kernel: Any, args: tuple, meta: dict[str, Any], device: int) -> tuple[t
         if kind is Tensor or kind is Parameter or isinstance(x, Tensor):
             x = x.data_ptr()
             facts = facts * 2 + (x % 16 == 0)
-            kind = args[len(values)].dtype
+            tensor = args[len(values)]
+            kind = tensor.dtype
+            if _ON_AMD:  # where Triton addresses storages of up to 2 GiB with 32 bits
+                facts = facts * 2 + (tensor.untyped_storage().nbytes() < 2**31)
         elif kind is int:
             facts = facts * 2 + (-(2**31) <= x < 2**31)
             if on_value:

@@ -28,7 +28,7 @@ class LossParams:
         chosen = {name: allowed[i] for (name, allowed), i in zip(CHOICES.items(), choices, strict=True)}
         self.switches = Switches(**on, **chosen)
         self._made: dict[tuple[torch.device, int], Tensor] = {}
-        self._pinned: list[Tensor] = []
+        self._pinned: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
         """The numbers as float64 [15] on `device`, copied there once a stream and without waiting for it."""
@@ -39,9 +39,12 @@ class LossParams:
         found = self._made.get(key)
         if found is not None:
             return found
-        host = torch.tensor(self.numbers, dtype=torch.float64, device="cpu", pin_memory=device.type != "cpu")
-        there = host.to(device, non_blocking=True)
-        self._pinned.append(host)  # a captured graph copies it again at every replay
+        if device.type == "cpu":
+            there = torch.tensor(self.numbers, dtype=torch.float64, device="cpu")
+        else:
+            if self._pinned is None:  # kept: a captured graph copies it again at every replay
+                self._pinned = torch.tensor(self.numbers, dtype=torch.float64, device="cpu", pin_memory=True)
+            there = self._pinned.to(device, non_blocking=True)
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             self._made[key] = there  # one made under capture holds numbers only once the graph has run
         return there

@@ -187,12 +187,12 @@ def inverse_temperature(temperatures, stride, inverse, i, inside, DTYPE: tl.cons
 
 @triton.jit
 def read_actions(actions, i, stride, inside, A, ignore_index):
-    """(action, whether its row is to be read)."""
+    """(action, whether its row is to be read, whether it is out of range)."""
     action = tl.load(actions + i * stride, mask=inside, other=0).to(tl.int64)
-    valid = inside & (action >= 0) & (action < A)
     if ignore_index is not None:
-        valid = valid & (action != ignore_index)
-    return action, valid
+        inside = inside & (action != ignore_index)
+    known = (action >= 0) & (action < A)
+    return action, inside & known, inside & ~known
 
 
 @triton.jit

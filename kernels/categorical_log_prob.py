@@ -3,7 +3,7 @@
 Bytes an element, bfloat16 logits: forward 2, backward 4 (read once, written once); with a bool mask 1 more each. Rows up
 to LONGEST_TILE lie in a tile and are reduced there; a longer one has a program of its own, which goes over it once with
 sums relative to the largest logit so far, the next block's loads under way while one is summed. Which of the two depends
-on A only. An action out of range is not read: its row gives 0.
+on A only. An action out of range is not read but noted: its row gives 0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import _reports
 from ._formulas import exp_floored, softmax_exponent
 from ._launch import launch
 from ._rows import (
@@ -39,7 +40,7 @@ from ._rows import (
 
 _SIZES = [
     "n", "A", "inner", "logits_outer", "logits_row", "logits_column", "mask_outer", "mask_row", "mask_column",
-    "action_stride", "temperature_stride", "saved_row", "ignore_index",
+    "action_stride", "temperature_stride", "saved_row", "heads", "head", "ignore_index",
 ]  # fmt: skip
 _GRADIENT_SIZES = ["grad_outer", "grad_row", "grad_column", "g_stride", "h_stride"]
 
@@ -47,17 +48,21 @@ _GRADIENT_SIZES = ["grad_outer", "grad_row", "grad_column", "g_stride", "h_strid
 @triton.jit(do_not_specialize=_SIZES)
 def categorical_forward(
     logits, actions, action_mask, temperatures, inverse: tl.float64, ignore_index, log_prob, entropy, saved,
-    n: tl.int64, A: tl.int64, inner: tl.int64, logits_outer: tl.int64, logits_row: tl.int64, logits_column: tl.int64,
+    report, n: tl.int64, A: tl.int64, inner: tl.int64, logits_outer: tl.int64, logits_row: tl.int64, logits_column: tl.int64,
     mask_outer: tl.int64, mask_row: tl.int64, mask_column: tl.int64, action_stride: tl.int64,
-    temperature_stride: tl.int64, saved_row: tl.int64,
+    temperature_stride: tl.int64, saved_row: tl.int64, heads: tl.int64, head: tl.int64,
     NESTED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of whole rows a program. Loads are not aligned where they could be: the sums would be others."""
+    """A tile of whole rows a program. Loads are not aligned where they could be: the sums would be others.
+
+    Row i's action is number i·heads + head in the report.
+    """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = i < n
     A = width_of(A, False)
     columns = tl.arange(0, COLUMNS)
-    action, valid = read_actions(actions, i, action_stride, inside, A, ignore_index)
+    action, valid, bad = read_actions(actions, i, action_stride, inside, A, ignore_index)
+    _reports.refuse(report, i * heads + head, action, bad)
     z, _ = read_logits(
         logits, action_mask, row_offsets(i, inner, logits_outer, logits_row, NESTED, False),
         row_offsets(i, inner, mask_outer, mask_row, NESTED, False), logits_column, mask_column, columns,
@@ -90,9 +95,9 @@ def _absorb(z, largest, total, weighted, inverse):
 @triton.jit(do_not_specialize=_SIZES)
 def categorical_forward_long(
     logits, actions, action_mask, temperatures, inverse: tl.float64, ignore_index, log_prob, entropy, saved,
-    n: tl.int64, A: tl.int64, inner: tl.int64, logits_outer: tl.int64, logits_row: tl.int64, logits_column: tl.int64,
+    report, n: tl.int64, A: tl.int64, inner: tl.int64, logits_outer: tl.int64, logits_row: tl.int64, logits_column: tl.int64,
     mask_outer: tl.int64, mask_row: tl.int64, mask_column: tl.int64, action_stride: tl.int64,
-    temperature_stride: tl.int64, saved_row: tl.int64,
+    temperature_stride: tl.int64, saved_row: tl.int64, heads: tl.int64, head: tl.int64,
     NESTED: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A row a program. Blocks are [1, COLUMNS]; each of its columns has sums of its own, added up at the end."""
@@ -100,7 +105,8 @@ def categorical_forward_long(
     inside = i < n
     A = width_of(A, ALIGNED)
     lanes = tl.arange(0, COLUMNS)
-    action, valid = read_actions(actions, i, action_stride, inside, A, ignore_index)
+    action, valid, bad = read_actions(actions, i, action_stride, inside, A, ignore_index)
+    _reports.refuse(report, i * heads + head, action, bad)
     row = row_offsets(i, inner, logits_outer, logits_row, NESTED, ALIGNED)
     of_mask = row_offsets(i, inner, mask_outer, mask_row, NESTED, ALIGNED)
     of_temperature = inverse_temperature(temperatures, temperature_stride, inverse, i, inside, DTYPE)
@@ -179,6 +185,15 @@ def categorical_backward(
 def categorical_log_prob(
     logits, actions, action_mask, rows, temperature, ignore_index, log_prob, entropy, saved, resources=None
 ):
+    report = _reports.of("categorical_log_prob", logits.device)
+    forward(logits, actions, action_mask, rows, temperature, ignore_index, log_prob, entropy, saved, report)
+    _reports.raise_early(logits.device)
+
+
+def forward(
+    logits, actions, action_mask, rows, temperature, ignore_index, log_prob, entropy, saved, report, heads=1, head=0
+):
+    """Of one head among `heads`, as `report` counts their actions."""
     n, width = log_prob.numel(), logits.shape[-1]
     if n == 0:
         return
@@ -188,7 +203,7 @@ def categorical_log_prob(
     rows, row_stride = vector(rows)
     args = (
         logits, actions, action_mask, rows, inverse_of(temperature, saved.dtype), ignore_index, log_prob, entropy, saved,
-        n, width, x.inner, *of_logits, *of_mask, action_stride, row_stride, saved.stride(0),
+        report, n, width, x.inner, *of_logits, *of_mask, action_stride, row_stride, saved.stride(0), heads, head,
     )  # fmt: skip
     meta = {"NESTED": x.nested, "DTYPE": compute_type(saved.dtype)}
     if width > LONGEST_TILE:
@@ -227,7 +242,7 @@ def categorical_log_prob_backward(
 _F32 = {x: "*fp32" for x in ("logits", "log_prob", "entropy", "saved", "d_log_prob", "d_entropy", "d_logits")}
 _HALF = {**_F32, "logits": "*bf16", "d_logits": "*bf16"}
 _F64 = {x: "*fp64" for x in _F32}
-_LABELS = {"actions": "*i64"}
+_LABELS = {"actions": "*i64", "report": "*i64"}
 _MASKED = {**_LABELS, "action_mask": "*i1", "temperatures": "*fp32", "ignore_index": "i32"}
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _formulas as f
-from . import _loss, _reduce
+from . import _loss, _reduce, _reports
 from ._params import LossParams
 from ._rows import finite_shift, read_actions, softmax_backward, softmax_forward, softmax_result
 
@@ -45,7 +45,7 @@ def _gradient(z, possible, columns, action, one, shift, log_sum, entropy, g, h, 
 
 @triton.jit(do_not_specialize=["n", "stored", "parts", "blocks"])
 def _categorical_ppo_loss_kernel(
-    logits, actions, action_mask, grad_logits, width, row_stride, stride, mask_row_stride, mask_stride,
+    logits, actions, action_mask, grad_logits, report, width, row_stride, stride, mask_row_stride, mask_stride,
     mask, index, old_log_prob, advantages, values, old_values, returns, ref_log_prob, rollout_log_prob, weights,
     grad_values, numbers, moments, records, n, stored, parts, blocks, unit: tl.float64,
     S: tl.constexpr, COUNTED: tl.constexpr, EVEN: tl.constexpr, T: tl.constexpr, INLINE: tl.constexpr, CHUNKS: tl.constexpr,
@@ -55,8 +55,15 @@ def _categorical_ppo_loss_kernel(
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = i < _reduce.length(n, EVEN)
     p = _reduce.place_of(i, inside, index, stored, mask)
-    action, known = read_actions(actions, p.at, 1, p.exists, width, None)
+    action, known, unknown = read_actions(actions, p.at, 1, p.exists, width, None)
     live = p.valid & known  # an action out of range: a row without a distribution
+    if report is not None:
+        unknown = p.valid & unknown
+        lost = inside & ~p.exists
+        some = tl.max((lost | unknown).to(tl.int32), 0)
+        if some != 0:
+            _reports.refuse(report, i, p.at, lost)
+            _reports.refuse(report + 2, i, action, unknown)
     columns = tl.arange(0, COLS)
     one = tl.full((ROWS,), 1.0, T)  # the temperature
 
@@ -132,13 +139,15 @@ def categorical_ppo_loss(
     rows, row_stride, stride = _reduce.rows_of(logits)
     masks, mask_row_stride, mask_stride = _reduce.rows_of(action_mask)
     tile = _tile(width, call.double)
-    call.run(_categorical_ppo_loss_kernel, tile["ROWS"], rows, _reduce.flat(actions), masks, grad_logits, width,
-             row_stride, stride, mask_row_stride, mask_stride, **tile)  # fmt: skip
+    call.run(_categorical_ppo_loss_kernel, tile["ROWS"], rows, _reduce.flat(actions), masks, grad_logits,
+             _reports.of("categorical_ppo_loss", logits.device), width, row_stride, stride, mask_row_stride, mask_stride,
+             **tile)  # fmt: skip
+    _reports.raise_early(logits.device)
 
 
 def _example(width: int, which: str, x: str, T: tl.dtype, action_mask: str | None) -> tuple:
-    own = {"logits": x, "actions": "*i64", "action_mask": action_mask, "grad_logits": x, "width": "i32",
-           "row_stride": "i32", "stride": "i32", "mask_row_stride": "i32", "mask_stride": "i32"}  # fmt: skip
+    own = {"logits": x, "actions": "*i64", "action_mask": action_mask, "grad_logits": x, "report": "*i64",
+           "width": "i32", "row_stride": "i32", "stride": "i32", "mask_row_stride": "i32", "mask_stride": "i32"}  # fmt: skip
     return _loss.example(
         _categorical_ppo_loss_kernel, own, which, T, index=which == "full", **_tile(width, T is tl.float64)
     )

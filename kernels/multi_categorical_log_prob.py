@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _reports
 from ._launch import launch
 from ._rows import (
     LONGEST_TILE,
@@ -30,7 +31,8 @@ from ._rows import (
     tile_offsets,
     vector,
 )
-from .categorical_log_prob import categorical_log_prob, categorical_log_prob_backward
+from .categorical_log_prob import categorical_log_prob_backward
+from .categorical_log_prob import forward as forward_of_head
 
 _SIZES = [
     "n", "K", "inner", "logits_outer", "logits_row", "logits_column", "mask_outer", "mask_row", "mask_column",
@@ -41,7 +43,7 @@ _GRADIENT_SIZES = ["grad_outer", "grad_row", "grad_column", "g_stride", "h_strid
 
 @triton.jit(do_not_specialize=_SIZES)
 def multi_categorical_forward(
-    logits, actions, action_mask, borders, log_prob, entropy, saved, n: tl.int64, K: tl.int64, inner: tl.int64,
+    logits, actions, action_mask, borders, log_prob, entropy, saved, report, n: tl.int64, K: tl.int64, inner: tl.int64,
     logits_outer: tl.int64, logits_row: tl.int64, logits_column: tl.int64, mask_outer: tl.int64, mask_row: tl.int64,
     mask_column: tl.int64, actions_outer: tl.int64, actions_row: tl.int64, actions_column: tl.int64,
     NESTED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -56,11 +58,16 @@ def multi_categorical_forward(
     one = tl.full((ROWS,), 1.0, DTYPE)
     total = tl.zeros((ROWS,), DTYPE)
     total_entropy = tl.zeros((ROWS,), DTYPE)
+    refused_at = tl.full((ROWS,), -1, tl.int64)  # the first action of the row that is out of range
+    refused = refused_at
     k = tl.zeros((), tl.int64)
     while k < K:
         first = tl.load(borders + k)
         width = tl.load(borders + k + 1) - first
-        action, valid = read_actions(actions + k * actions_column, action_row, 1, inside, width, None)
+        action, valid, bad = read_actions(actions + k * actions_column, action_row, 1, inside, width, None)
+        bad = bad & (refused_at < 0)
+        refused_at = tl.where(bad, i * K + k, refused_at)
+        refused = tl.where(bad, action, refused)
         z, _ = read_logits(
             logits, action_mask, row + first * logits_column, mask_row + first * mask_column, logits_column, mask_column,
             columns, valid[:, None] & (columns < width)[None, :], False, DTYPE,
@@ -72,6 +79,7 @@ def multi_categorical_forward(
         tl.store(saved + (K + k) * n + i, log_sum, mask=inside)
         tl.store(saved + (2 * K + k) * n + i, h, mask=inside)
         k += 1
+    _reports.refuse(report, refused_at, refused, refused_at >= 0)
     tl.store(log_prob + i, total, mask=inside)
     if entropy is not None:
         tl.store(entropy + i, total_entropy, mask=inside)
@@ -138,23 +146,28 @@ def multi_categorical_log_prob(logits, actions, action_mask, nvec, log_prob, ent
     n = log_prob.numel()
     if n == 0:
         return
+    report, K = _reports.of("multi_categorical_log_prob", logits.device), len(nvec)
     if max(nvec) > LONGEST_TILE:
         log_probs = torch.empty_like(saved[0])
         for k, (z, mask) in enumerate(_heads(nvec, logits, action_mask)):
-            categorical_log_prob(z, actions[..., k], mask, None, 1.0, None, log_probs[k], saved[2, k], saved[:2, k])
+            forward_of_head(
+                z, actions[..., k], mask, None, 1.0, None, log_probs[k], saved[2, k], saved[:2, k], report, K, k
+            )
         for out, heads in ((log_prob, log_probs), (entropy, saved[2])):
             if out is not None:
                 out.copy_(functools.reduce(torch.add, heads).view(out.shape))
+        _reports.raise_early(logits.device)
         return
     x = Rows(logits, action_mask, actions)
     (logits, *of_logits), (action_mask, *of_mask), (actions, *of_actions) = x.parts
     tile, columns, warps = tile_of(max(nvec), LONGEST_TILE)
     launch(
         multi_categorical_forward, (blocks(n, tile),),
-        logits, actions, action_mask, _borders(tuple(nvec), logits.device), log_prob, entropy, saved, n, len(nvec),
+        logits, actions, action_mask, _borders(tuple(nvec), logits.device), log_prob, entropy, saved, report, n, K,
         x.inner, *of_logits, *of_mask, *of_actions,
         NESTED=x.nested, DTYPE=compute_type(saved.dtype), ROWS=tile, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
+    _reports.raise_early(logits.device)
 
 
 def multi_categorical_log_prob_backward(
@@ -187,7 +200,7 @@ def multi_categorical_log_prob_backward(
 # --- compiled ahead of time, to see that they compile -----------------------------------------------------------------
 
 _F32 = {x: "*fp32" for x in ("logits", "log_prob", "entropy", "saved", "d_log_prob", "d_entropy", "d_logits")}
-_F32 |= {"actions": "*i64", "borders": "*i64"}
+_F32 |= {"actions": "*i64", "borders": "*i64", "report": "*i64"}
 _MASKED = {"logits": "*bf16", "d_logits": "*bf16", "action_mask": "*i1"}
 _SMALL = {"NESTED": False, "DTYPE": tl.float32, "ROWS": 128, "COLUMNS": 8}
 _WIDE = {"NESTED": True, "DTYPE": tl.float32, "ROWS": 1, "COLUMNS": 4096}

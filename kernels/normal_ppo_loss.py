@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _formulas as f
-from . import _loss, _reduce
+from . import _loss, _reduce, _reports
 from ._params import LossParams
 
 
@@ -27,7 +27,7 @@ def _read(x, row, exists, stride, row_stride, column, here, width, T: tl.constex
 
 @triton.jit(do_not_specialize=["n", "stored", "parts", "blocks"])
 def _normal_ppo_loss_kernel(
-    mean, log_std, actions, grad_mean, grad_log_std, log_std_sums, width, mean_row_stride, mean_stride,
+    mean, log_std, actions, grad_mean, grad_log_std, log_std_sums, report, width, mean_row_stride, mean_stride,
     log_std_row_stride, log_std_stride, action_row_stride, action_stride,
     mask, index, old_log_prob, advantages, values, old_values, returns, ref_log_prob, rollout_log_prob, weights,
     grad_values, numbers, moments, records, n, stored, parts, blocks, unit: tl.float64,
@@ -39,6 +39,7 @@ def _normal_ppo_loss_kernel(
     i = block * ROWS + tl.arange(0, ROWS)
     inside = i < _reduce.length(n, EVEN)
     p = _reduce.place_of(i, inside, index, stored, mask)
+    _reports.refuse(report, i, p.at, inside & ~p.exists)
     column = tl.arange(0, COLS).to(tl.int64)
     here = p.valid[:, None] & (column < width)[None, :]
     action = _read(actions, p.at, p.exists, action_stride, action_row_stride, column, here, width, T)
@@ -103,18 +104,21 @@ def normal_ppo_loss(
     means = _reduce.rows_of(mean)
     log_stds = (log_std, 0, log_std.stride(0)) if shared else _reduce.rows_of(log_std.expand(mean.shape))
     acts = _reduce.rows_of(actions)
+    report = None if index is None else _reports.of("normal_ppo_loss", mean.device)
     call.run(_normal_ppo_loss_kernel, tile["ROWS"], means[0], log_stds[0], acts[0], grad_mean,
-             None if shared else grad_log_std, sums, width, *means[1:], *log_stds[1:], *acts[1:], SQUASH=squash,
+             None if shared else grad_log_std, sums, report, width, *means[1:], *log_stds[1:], *acts[1:], SQUASH=squash,
              **tile)  # fmt: skip
     if sums is not None:
         _reduce.sum_rows(sums, grad_log_std)
+    _reports.raise_early(mean.device)
 
 
 def _example(width: int, which: str, x: str, T: tl.dtype, shared: bool, squash: bool) -> tuple:
     strides = ("mean_row_stride", "mean_stride", "log_std_row_stride", "log_std_stride", "action_row_stride",
                "action_stride")  # fmt: skip
     own = {"mean": x, "log_std": x, "actions": x, "grad_mean": x, "grad_log_std": None if shared else x,
-           "log_std_sums": "*fp64" if shared else None, "width": "i32", **dict.fromkeys(strides, "i32")}  # fmt: skip
+           "log_std_sums": "*fp64" if shared else None, "report": "*i64" if which == "full" else None,
+           "width": "i32", **dict.fromkeys(strides, "i32")}  # fmt: skip
     return _loss.example(
         _normal_ppo_loss_kernel, own, which, T, index=which == "full", SQUASH=squash, **_tile(width, T is tl.float64)
     )

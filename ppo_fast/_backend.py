@@ -149,7 +149,7 @@ def _for_device(op: str, device: torch.device) -> Backend | None:
 def triton() -> Backend | None:
     global _triton
     if _triton is None:
-        _triton = Backend("triton", importlib.import_module("ppo_fast.kernels.raw"), lambda: None, False)
+        _triton = Backend("triton", importlib.import_module("ppo_fast.kernels.raw"), _workspace.raise_reported, False)
     return _triton
 
 

@@ -34,22 +34,29 @@ def ticket(device_type: str, index: int, stream: int, capturing: bool) -> Tensor
 
 # --- labels that kernels refused --------------------------------------------------------------------------------------
 
-_reports: dict[str, tuple[Tensor, Any]] = {}  # by the module that has them
+_reports: dict[str, Tensor] = {}  # by the name of the module that writes there
+_watched: dict[str, Any] = {}  # modules that know of labels, by name
 
 
 def of(module):
     """This module, as the resources of a call of `module`, which is told where to note labels out of range: in memory
     that the GPU writes and the CPU reads, so that nobody waits."""
     if module.__name__ not in _reports:
-        memory = torch.full((module.SLOTS, 2), -1, dtype=torch.int64).pin_memory()
+        memory = torch.full((module.SLOTS, 2), -1, dtype=torch.int64, device="cpu", pin_memory=True)
         module.set_reports(memory.data_ptr())
-        _reports[module.__name__] = memory, module
+        _reports[module.__name__] = memory
+        watch(module)
     return sys.modules[__name__]
+
+
+def watch(module: Any) -> None:
+    """`raise_reported` asks this module too."""
+    _watched[module.__name__] = module
 
 
 def raise_reported() -> None:
     """ValueError for a label out of range that a kernel met, where that is known by now."""
-    for _, module in _reports.values():
+    for module in _watched.values():
         module.raise_reported()
 
 

@@ -59,6 +59,16 @@ def clean_state():
     _C.set_isa(isa_before)
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """Triton's interpreter says of labels out of range as late as a GPU does; by the end of the test it has."""
+    from ppo_fast.kernels import _reports
+
+    monkeypatch.setattr(_reports, "raise_early", lambda device: None)
+    yield
+    _reports.raise_reported()
+
+
 def as_double(x):
     """The same tensor in float64, a leaf if it required grad; everything else as it is."""
     if isinstance(x, torch.Tensor) and x.is_floating_point():

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from log_prob_laws import assert_parity, assert_rows_stand_alone, gradients, strided
 from test_triton_scans import strict_interpreter  # noqa: F401 (for all tests here)
 
-from ppo_fast import reference
+import ppo_fast as pf
+from ppo_fast import _workspace, reference
 
 pytest.importorskip("triton")
-from ppo_fast.kernels import _rows
+from ppo_fast.kernels import _reports, _rows
 from ppo_fast.kernels import bernoulli_log_prob as _bernoulli
 from ppo_fast.kernels import beta_log_prob as _beta
 from ppo_fast.kernels import categorical_log_prob as _categorical
@@ -259,7 +260,7 @@ def test_what_is_masked_reaches_nothing(width, longest):
 
 
 @pytest.mark.parametrize(("width", "longest"), [(6, 4096), (200, 64)])
-def test_labels_out_of_range(width, longest):
+def test_labels_out_of_range(width, longest, late):
     """Their rows give 0 and read nothing; the others are as ever."""
     z, good = torch.randn(9, width), torch.randint(0, width, (9,))
     bad = good.clone()
@@ -269,6 +270,124 @@ def test_labels_out_of_range(width, longest):
         want = gradients(lambda z: categorical(z, good), [z])
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a[::2], b[::2]) and not bool(a[1::2].any())
+    with pytest.raises(ValueError, match=r"got -1 at 1$"):
+        _workspace.raise_reported()
+
+
+#: Of labels out of range: (longest tile, number of rows, width, how many elements of actions there are before row i's
+#: first one, op of logits and actions). The rows are more than one program's.
+LABELLED = {
+    "categorical": (4096, 300, 6, 1, pf.categorical_log_prob),
+    "categorical, strided": (4096, 300, 6, 1, lambda z, a: pf.categorical_log_prob(z, torch.stack([a, a], 1)[:, 1])),
+    "categorical, int8": (4096, 300, 6, 1, lambda z, a: pf.categorical_log_prob(z, a.char())),
+    "categorical, long": (64, 9, 100, 1, pf.categorical_log_prob),
+    "multi": (4096, 300, 6, 3, lambda z, a: pf.multi_categorical_log_prob(z, heads(a), HEADS)),
+    "multi, long": (2, 9, 6, 3, lambda z, a: pf.multi_categorical_log_prob(z, heads(a), HEADS)),
+}
+HEADS = (1, 3, 2)
+
+
+def heads(actions):
+    """[n, 3]: the actions in [0, 3) are the second head's."""
+    good = torch.zeros_like(actions)
+    return torch.stack([good, torch.where((actions > 2) & (actions < 6), 2, actions), good + 1], 1)
+
+
+@pytest.mark.parametrize("bad", [-1, 120, -(2**62), 2**40 + 7])
+@pytest.mark.parametrize("case", LABELLED)
+def test_a_label_out_of_range_is_said(case, bad):
+    """Its value and its place, at the end of the very call that runs in the interpreter; the next call is as ever."""
+    longest, n, width, step, op = LABELLED[case]
+    if "int8" in case and abs(bad) > 127:
+        pytest.skip("no int8")
+    z, good = torch.randn(n, width), torch.randint(0, width, (n,))
+    name = "multi_categorical_log_prob" if "multi" in case else "categorical_log_prob"
+    with longest_tile(longest), pf.use_backend("triton"):
+        want = op(z, good)
+        for row in (0, n // 2, n - 1):
+            wrong = good.clone()
+            wrong[row] = bad
+            at = step * row + (step == 3)  # the second head of three
+            with pytest.raises(ValueError, match=rf"^{name}: actions must be in range, got {bad} at {at}$"):
+                op(z, wrong)
+            assert all(map(torch.equal, op(z, good), want))
+
+
+@pytest.mark.parametrize("case", [c for c in LABELLED if "int8" not in c])
+def test_of_many_labels_one_is_said(case):
+    """With its own place: the first of the first program that has any."""
+    longest, n, width, step, op = LABELLED[case]
+    z, actions = torch.randn(n, width), torch.randint(0, width, (n,))
+    first = n // 3
+    actions[first:] = torch.arange(first, n) * 1000
+    actions[first + 2 :: 2] *= -1
+    with longest_tile(longest), pf.use_backend("triton"):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"got {1000 * first} at {step * first + (step == 3)}$"):
+                op(z, actions)
+        assert op(z, actions.clamp(0, width - 1))[0].isfinite().all()
+
+
+def test_of_a_rows_labels_the_first_is_said():
+    actions = torch.zeros(5, 3, dtype=torch.long)
+    actions[2, 1:] = torch.tensor([7, 8])
+    with pf.use_backend("triton"), pytest.raises(ValueError, match=r"got 7 at 7$"):
+        pf.multi_categorical_log_prob(torch.randn(5, 6), actions, HEADS)
+
+
+@pytest.mark.parametrize(("width", "longest"), [(6, 4096), (100, 64)])
+@pytest.mark.parametrize("ignored", [-100, 3, 2**40])
+def test_what_is_ignored_is_not_reported(width, longest, ignored):
+    """Whatever else is out of range is, at its own place."""
+    z, actions = torch.randn(9, width), torch.randint(0, width, (9,))
+    actions[2:7] = ignored
+    op = partial(pf.categorical_log_prob, ignore_index=ignored)
+    with longest_tile(longest), pf.use_backend("triton"):
+        log_prob, entropy = op(z, actions)
+        assert not log_prob[2:7].any() and not entropy[2:7].any()
+        actions[5] = -99
+        with pytest.raises(ValueError, match=r"got -99 at 5$"):
+            op(z, actions)
+
+
+def test_a_label_is_said_late_where_kernels_run_late(late, monkeypatch):
+    """By the next call of any op, once. The message is a GPU's where the memory is."""
+    z, x = torch.randn(3, 5), torch.arange(5.0)
+    with pf.use_backend("triton"):
+        assert not pf.categorical_log_prob(z, torch.tensor([0, 1, 8]))[0][2]
+        slots, places = _reports._memory["cpu"]
+        monkeypatch.setattr(_reports, "_memory", {"cuda": (slots, places)})
+        with pytest.raises(
+            ValueError, match=r"^categorical_log_prob: .* 8 at 2 in an earlier call: a GPU says so late$"
+        ):
+            pf.whiten(x)
+        torch.testing.assert_close(pf.whiten(x), (x - 2) / x.std())
+
+
+def test_reports_of_other_devices(monkeypatch):
+    """A GPU's are pinned, made once, each op's at a multiple of 16 bytes; where nothing can be pinned nothing is said."""
+    made = []
+    full = torch.full
+
+    def unpinned(*args, pin_memory, **kwargs):
+        made.append(pin_memory)
+        return full(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "full", unpinned)
+    for name in ("_memory", "_of_op"):
+        monkeypatch.setattr(_reports, name, {})
+    gpu, one = [[_reports.of(op, torch.device(d)) for op in _reports._LABELS] for d in ("cuda:0", "cuda:1")]
+    assert made == [True] and all(a is b for a, b in zip(gpu, one, strict=True))
+    assert len({x.data_ptr() for x in gpu}) == len(gpu) and not any(x.data_ptr() % 16 for x in gpu)
+    cpu = _reports.of("normal_ppo_loss", torch.device("cpu"))
+    assert made == [True, False] and cpu.data_ptr() != gpu[-1].data_ptr()
+    assert _reports.of("categorical_log_prob", torch.device("xpu")) is None
+    monkeypatch.setattr(_reports, "of", lambda op, device: None)
+    with pf.use_backend("triton"):
+        for op, actions in ((pf.categorical_log_prob, [9, 0]),
+                            (partial(pf.multi_categorical_log_prob, nvec=(2, 3)), [[9, 9], [1, 1]])):  # fmt: skip
+            log_prob = op(torch.randn(2, 5), torch.tensor(actions))[0]
+            assert log_prob[0] == 0 and log_prob[1] < 0
 
 
 @pytest.mark.parametrize(("width", "longest"), [(6, 4096), (300, 4096), (200, 64)])
@@ -382,7 +501,7 @@ def test_multi_categorical(case, longest):
 
 
 @pytest.mark.parametrize("longest", [64, 4096])
-def test_special_heads(longest):
+def test_special_heads(longest, late):
     nvec = [2, 3, 70]
     z, actions = torch.randn(6, 75), torch.zeros(6, 3, dtype=torch.long)
     z[0, :2] = -math.inf  # a head without any possible action
@@ -396,6 +515,10 @@ def test_special_heads(longest):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
         log_prob, entropy, grad = gradients(lambda z: multi_categorical(z, bad, nvec), [z])
+        with pytest.raises(
+            ValueError, match="got -1 at 12" if longest == 64 else "got 3 at 10"
+        ):  # head by head, row by row
+            _workspace.raise_reported()
         assert not grad[3, 2:5].any() and grad[3, :2].all() and not grad[4, :2].any()
         others = [reference.categorical_log_prob(z[3:4, a:b], actions[3:4, 0]) for a, b in ((0, 2), (5, 75))]
         torch.testing.assert_close(log_prob[3:4], others[0][0] + others[1][0])

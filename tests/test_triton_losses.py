@@ -24,12 +24,15 @@ from hypothesis import strategies as st
 from loss_cases import DTYPES, bits, compare, replace, streams
 
 import ppo_fast as pf
-from ppo_fast import _C, reference
+from ppo_fast import _C, _workspace, reference
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-from ppo_fast.kernels import _launch, _reduce, raw  # noqa: E402
+from ppo_fast.kernels import _launch, _reduce, _reports, raw  # noqa: E402
+from ppo_fast.kernels import categorical_log_prob as log_prob_kernels  # noqa: E402
 from ppo_fast.kernels import categorical_ppo_loss as categorical_kernels  # noqa: E402
+from ppo_fast.kernels import multi_categorical_log_prob as multi_kernels  # noqa: E402
+from ppo_fast.kernels import normal_ppo_loss as normal_kernels  # noqa: E402
 from ppo_fast.kernels import ppo_loss as ppo_kernels  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
@@ -343,7 +346,7 @@ def raw_categorical(logits, actions, index, stored, mask=None, action_mask=None)
 
 
 @needs_interpreter
-def test_actions_out_of_range_are_safe():
+def test_actions_out_of_range_are_safe(late):
     """Their rows have no distribution: log-prob 0, no gradient of the logits; the others have what they had."""
     stored = {k: v[:6] for k, v in categorical_laws.rollout().items()}
     around = torch.full((8, 3, 4), math.nan)  # what a read out of bounds would find
@@ -353,13 +356,15 @@ def test_actions_out_of_range_are_safe():
     for bad in (-1, 4, 8, 10**12, -(10**12)):
         actions[2] = bad
         loss, _, grad, grad_values = raw_categorical(logits, actions, None, stored)
+        with pytest.raises(ValueError, match=rf"^categorical_ppo_loss: actions must be in range, got {bad} at 2$"):
+            _workspace.raise_reported()
         assert loss.isfinite() and (grad[2] == 0).all() and torch.equal(grad_values, wanted[3])
         keep = torch.arange(6) != 2
         assert torch.equal(grad[keep], wanted[2][keep])
 
 
 @needs_interpreter
-def test_an_index_out_of_range_counts_as_masked_out():
+def test_an_index_out_of_range_counts_as_masked_out(late):
     stored, index = categorical_laws.rollout(20, 5), torch.randint(0, 20, (7,))
     names = ("old_log_prob", "advantages", "returns", "mask", "action_mask", "actions")
     held = {}
@@ -379,6 +384,111 @@ def test_an_index_out_of_range_counts_as_masked_out():
     for bad in (-1, 20, 35, -15):
         index[3] = bad
         assert same_bits(wanted, raw_categorical(logits, held["actions"], index, held, **rest))
+        with pytest.raises(ValueError, match=rf"^categorical_ppo_loss: index must be in range, got {bad} at 3$"):
+            _workspace.raise_reported()
+
+
+def labelled(op, n, stored, width=6):
+    """(a call of the op with actions and an index, good ones of these): its loss and the gradient of its first input."""
+    index = torch.randint(0, stored, (n,))
+    x = {"old_log_prob": torch.randn(stored) - 1.5, "advantages": torch.randn(stored)}
+    logits, log_std = torch.randn(n, width), torch.zeros(width)
+    normal_actions = torch.randn(stored, width)
+
+    def call(actions, index, **rest):
+        leaf = logits.clone().requires_grad_()
+        if op == "normal_ppo_loss":
+            out = pf.normal_ppo_loss(leaf, log_std, normal_actions, **x, index=index, **rest)
+        else:
+            out = pf.categorical_ppo_loss(leaf, actions, **x, index=index, **rest)
+        return out, torch.autograd.grad(out.loss, leaf)[0]
+
+    return call, torch.randint(0, width, (stored,)), index
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bad", [-1, 800, -(2**62), 2**40 + 7])
+@pytest.mark.parametrize(("op", "argument"), [
+    ("categorical_ppo_loss", "actions"), ("categorical_ppo_loss", "index"), ("normal_ppo_loss", "index"),
+])  # fmt: skip
+def test_a_label_out_of_range_is_said(on_triton, op, argument, bad):
+    """Its value and its place in the minibatch, by the very call that runs in the interpreter; the next one is as ever."""
+    n, stored = 700, 800  # more than one program
+    call, actions, index = labelled(op, n, stored)
+    index = torch.randperm(stored)[:n]  # each action is one row's
+    wanted = call(actions, index)[1]
+    for row in (0, 333, n - 1):
+        wrong = {"actions": actions.clone(), "index": index.clone()}
+        wrong[argument][index[row] if argument == "actions" else row] = bad
+        with pytest.raises(ValueError, match=rf"^{op}: {argument} must be in range, got {bad} at {row}$"):
+            call(**wrong)
+        assert torch.equal(call(actions, index)[1], wanted)
+
+
+@needs_interpreter
+def test_a_wide_rows_action_out_of_range_is_said(on_triton):
+    call, actions, index = labelled("categorical_ppo_loss", 5, 5, categorical_kernels._WIDEST + 3)
+    actions[index[3]] = len(actions) * 2000
+    with pytest.raises(ValueError, match=r"^categorical_ppo_loss: actions must be in range, got 10000 at \d$"):
+        call(actions, index)
+
+
+@needs_interpreter
+def test_both_labels_of_a_program_are_noted(late, on_triton):
+    """Each in its own slot; both are said, one after the other."""
+    call, actions, index = labelled("categorical_ppo_loss", 20, 20)
+    index = torch.arange(20)
+    wanted = call(actions, index)[1]
+    wanted[[4, 7, 8, 9]] = 0
+    actions[4], actions[9], index[7], index[8] = 66, -6, 77, -8
+    assert torch.equal(call(actions, index)[1], wanted)
+    said = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must be in range") as error:
+            pf.whiten(torch.arange(5.0))
+        said.append(str(error.value))
+    assert said == ["categorical_ppo_loss: index must be in range, got 77 at 7",
+                    "categorical_ppo_loss: actions must be in range, got 66 at 4"]  # fmt: skip
+    pf.whiten(torch.arange(5.0))
+
+
+@needs_interpreter
+def test_nothing_is_left_of_a_call_that_raised(on_triton):
+    call, actions, index = labelled("categorical_ppo_loss", 20, 20)
+    wrong = torch.arange(20)
+    wrong[3] = -1
+    with pytest.raises(ValueError, match=r"index must be in range, got -1 at 3$"):
+        call(actions + 1000, wrong)
+    call(actions, index)
+
+
+@needs_interpreter
+def test_what_is_masked_out_is_not_reported(on_triton):
+    """An action that nobody reads; of the rest, what is out of range is."""
+    call, actions, index = labelled("categorical_ppo_loss", 40, 60)
+    mask = torch.ones(60, dtype=torch.bool)
+    index[5], mask[index[5]], actions[index[5]] = 59, False, 1000
+    index[:5] = index[6:] = 7
+    mask[59], actions[59] = False, 1000
+    out, grad = call(actions, index, mask=mask)
+    assert out.loss.isfinite() and not grad[5].any()
+    mask[59] = True
+    with pytest.raises(ValueError, match=r"actions must be in range, got 1000 at 5$"):
+        call(actions, index, mask=mask)
+    actions[7], mask[59] = -3, False
+    with pytest.raises(ValueError, match=r"actions must be in range, got -3 at 0$"):
+        call(actions, index, mask=mask)
+
+
+@needs_interpreter
+def test_statistics_say_it_too(late, on_triton):
+    """Whoever reads them waits for the kernel anyway."""
+    call, actions, index = labelled("categorical_ppo_loss", 20, 20)
+    actions[index[3]] = 6
+    out, _ = call(actions, index)
+    with pytest.raises(ValueError, match="categorical_ppo_loss: actions must be in range, got 6 at"):
+        out.stats.to_dict()
+    assert out.stats.to_dict()["policy_loss"] == out.stats.vector[0].item()
 
 
 @needs_interpreter
@@ -447,6 +557,25 @@ def test_numbers_may_be_on_the_device(on_triton):
 def test_params_refuse_another_packages_config():
     with pytest.raises(ValueError, match="reinstall"):
         raw.LossParams((0.2,), (0,))
+
+
+def test_params_are_pinned_once(monkeypatch):
+    """For all streams, and not for the CPU."""
+    made, streams = [], iter([1, 1, 2, 3])
+
+    def unpinned(*args, pin_memory=False, **kwargs):
+        made.append(pin_memory)
+        return tensor(*args, **kwargs)
+
+    tensor, config = torch.tensor, pf.LossConfig()
+    monkeypatch.setattr(torch, "tensor", unpinned)
+    driver = SimpleNamespace(get_current_stream=lambda device: next(streams))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    params = raw.LossParams(config.numbers(), config.choices())
+    params.on(torch.device("cpu"))
+    assert made == [False]
+    there = [params.on(torch.device("meta")) for _ in range(4)]
+    assert made == [False, True] and there[0] is there[1] and len({id(x) for x in there}) == 3
 
 
 def test_params_are_moved_once():
@@ -534,6 +663,22 @@ def test_what_triton_specialises_on_compiles_anew(fake_driver):
     assert compiles(x, y, 7, 1) and compiles(x, y, 7, 32) and not compiles(x, y, 7, 48)
     assert compiles(x, y, 2**31, 7) and not compiles(x, y, 2**33, 7)  # a length may change but for its width
     assert compiles(x, y, 7, 7, BLOCK=64) and compiles(x, y, 7, 7, num_warps=8) and compiles(x, y, 7, 7, device=1)
+
+
+def test_a_report_does_not_decide_how_a_kernel_starts(fake_driver):
+    """Not the device, which the first tensor says, nor by its place which compiled kernel it is."""
+    for kernels in (log_prob_kernels, multi_kernels, categorical_kernels, normal_kernels):
+        for kernel, types, *_ in kernels.AOT:
+            pointers = [name for name, kind in types.items() if kind.startswith("*")]
+            assert pointers[0] in ("logits", "mean") and ("report" not in types or list(types).index("report") > 0)
+            assert types.get("report", "*i64") in ("*i64", "constexpr"), kernel
+    kernel, x = FakeKernel(["x", "report", "n", "BLOCK"], ["n"]), torch.zeros(4)
+    for op in _reports._LABELS:
+        report = _reports.of(op, torch.device("cpu"))
+        _launch.start(kernel, (1,), (x, report, 4), {"BLOCK": 128}, 0)
+    assert len(kernel.through_triton) == 1 and kernel.started[-1][9:11] == (x.data_ptr(), report.data_ptr())
+    _launch.start(kernel, (1,), (x, None, 4), {"BLOCK": 128}, 0)
+    assert len(kernel.through_triton) == 2
 
 
 def test_launching_falls_back_on_triton(fake_driver, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -110,72 +112,108 @@ def labelled(op, bad):
 
 
 @needs_cuda
+@each_backend
 @pytest.mark.parametrize("bad", [-1, 6, 2**40, -(2**62)])
 @pytest.mark.parametrize("op", ["categorical_log_prob", "multi_categorical_log_prob", "categorical_ppo_loss"])
-def test_labels_out_of_range_are_said_by_a_later_call(op, bad):
-    """By the CUDA kernels: nothing is read out of bounds, the call itself does not wait, and the next one raises, once."""
-    if "cuda" not in BACKENDS:
-        pytest.skip("of the CUDA kernels")
+def test_labels_out_of_range_are_said_by_a_later_call(backend, op, bad):
+    """Nothing is read out of bounds, the call itself does not wait, and the next one raises, once."""
     wrong, row, right = labelled(op, bad)
-    with pf.use_backend("cuda"):
+    with pf.use_backend(backend):
         wanted = right()
         wrong()
         torch.cuda.synchronize()
         with pytest.raises(ValueError, match=rf"{op}: actions must be .*got {bad} at {row} in an earlier call"):
             pf.whiten(torch.randn(5, device=DEVICE))
         assert torch.equal(right(), wanted)
-    works("cuda")
+    works(backend)
 
 
 @needs_cuda
-def test_statistics_that_are_read_say_it_too():
-    """Whoever reads the statistics waits for the kernel anyway."""
-    if "cuda" not in BACKENDS:
-        pytest.skip("of the CUDA kernels")
-    ones = torch.ones(9, device=DEVICE)
-    with pf.use_backend("cuda"):
-        out = pf.categorical_ppo_loss(torch.zeros(9, 3, device=DEVICE), ones.long() * 5, ones, ones)
-        with pytest.raises(ValueError, match=r"categorical_ppo_loss: actions must be .*got 5 at"):
-            out.stats.to_dict()
-    works("cuda")
-
-
 @each_backend
-@pytest.mark.parametrize("bad", [-1, 6, 2**40, -(2**62)])
-def test_rows_beside_a_bad_label_are_as_ever(backend, bad):
-    if DEVICE == "cpu" and backend == "cpu":
-        pytest.skip("a CPU raises at once")
-    wrong, row, right = labelled("categorical_log_prob", bad)
+def test_what_is_ignored_or_masked_out_is_not_said(backend):
+    n = 300
+    logits, actions, x = (
+        torch.randn(n, 6, device=DEVICE),
+        torch.zeros(n, device=DEVICE).long(),
+        torch.ones(n, device=DEVICE),
+    )
+    actions[50:90] = -100
+    mask = actions >= 0
     with pf.use_backend(backend):
-        wanted, got = right(), wrong()
-        if DEVICE != "cpu":
+        log_prob, _ = pf.categorical_log_prob(logits, actions, ignore_index=-100)
+        out = pf.categorical_ppo_loss(logits, actions, x, x, mask=mask)
+        torch.cuda.synchronize()
+        assert not log_prob[50:90].any() and log_prob[mask].all()
+        assert math.isfinite(out.stats.to_dict()["policy_loss"])
+    works(backend)
+
+
+@needs_cuda
+@each_backend
+def test_a_captured_call_says_it_too(backend):
+    """The graph notes what its replay meets, in memory that outlives it."""
+    wrong, row, right = labelled("categorical_log_prob", 9)
+    with pf.use_backend(backend):
+        right()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            wrong()
+        for _ in range(2):
+            graph.replay()
             torch.cuda.synchronize()
-        others = torch.arange(len(got), device=DEVICE) != row
-        assert torch.equal(got[others], wanted[others])
-        if backend == "cuda":
-            with pytest.raises(ValueError, match="in an earlier call"):
+            with pytest.raises(ValueError, match=rf"got 9 at {row} in an earlier call"):
                 right()
     works(backend)
 
 
 @needs_cuda
-def test_an_index_out_of_range():
+@each_backend
+def test_statistics_that_are_read_say_it_too(backend):
+    """Whoever reads the statistics waits for the kernel anyway."""
+    ones = torch.ones(9, device=DEVICE)
+    with pf.use_backend(backend):
+        out = pf.categorical_ppo_loss(torch.zeros(9, 3, device=DEVICE), ones.long() * 5, ones, ones)
+        with pytest.raises(ValueError, match=r"categorical_ppo_loss: actions must be .*got 5 at"):
+            out.stats.to_dict()
+    works(backend)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [-1, 6, 2**40, -(2**62)])
+def test_rows_beside_a_bad_label_are_as_ever(backend, bad):
+    if DEVICE == "cpu":
+        pytest.skip("a CPU raises at once")
+    wrong, row, right = labelled("categorical_log_prob", bad)
+    with pf.use_backend(backend):
+        wanted, got = right(), wrong()
+        torch.cuda.synchronize()
+        others = torch.arange(len(got), device=DEVICE) != row
+        assert torch.equal(got[others], wanted[others])
+        with pytest.raises(ValueError, match="in an earlier call"):
+            right()
+    works(backend)
+
+
+@needs_cuda
+@each_backend
+@pytest.mark.parametrize("op", ["categorical_ppo_loss", "normal_ppo_loss"])
+def test_an_index_out_of_range(backend, op):
     """Of the minibatch's gather: the same late error, by its own name."""
-    if "cuda" not in BACKENDS:
-        pytest.skip("of the CUDA kernels")
     n, stored = 50, 200
     logits, x = torch.randn(n, 6, device=DEVICE), torch.ones(stored, device=DEVICE)
     index = torch.randint(stored, (n,), device=DEVICE)
     index[7] = stored
     actions = torch.zeros(stored, dtype=torch.long, device=DEVICE)
-    with pf.use_backend("cuda"):
-        pf.categorical_ppo_loss(logits, actions, x, x, index=index)
+    with pf.use_backend(backend):
+        if op == "normal_ppo_loss":
+            pf.normal_ppo_loss(logits, logits[0], torch.randn(stored, 6, device=DEVICE), x, x, index=index)
+        else:
+            pf.categorical_ppo_loss(logits, actions, x, x, index=index)
         torch.cuda.synchronize()
-        with pytest.raises(
-            ValueError, match=rf"categorical_ppo_loss: index must be .*got {stored} at 7 in an earlier call"
-        ):
+        with pytest.raises(ValueError, match=rf"{op}: index must be .*got {stored} at 7 in an earlier call"):
             pf.whiten(x)
-    works("cuda")
+    works(backend)
 
 
 @each_backend

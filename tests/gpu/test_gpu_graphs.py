@@ -80,7 +80,7 @@ def test_first_calls_of_all_are_captured(backend):
     call = cases.there(cases.small("ppo_loss")[3], DEVICE)
     with pf.use_backend(backend):
         wanted = cases.outcome(call, pf.ppo_loss)
-        _workspace._free.clear(), _workspace._of_stream.clear()
+        _workspace._of_stream.clear()
         junk = torch.full((1 << 20,), 7, dtype=torch.int32, device=DEVICE)  # what fresh memory may hold
         del junk
         graph, result = captured(lambda: cases.outcome(call, pf.ppo_loss), warm_up=0)

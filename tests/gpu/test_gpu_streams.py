@@ -49,7 +49,7 @@ def test_first_call_on_a_busy_stream(backend):
     with pf.use_backend(backend):
         wanted = cases.outcome(call, pf.ppo_loss)
         torch.cuda.synchronize()
-        _workspace._free.clear(), _workspace._of_stream.clear()
+        _workspace._of_stream.clear()
         busy, idle = torch.cuda.Stream(), torch.cuda.Stream()
         with torch.cuda.stream(busy):
             torch.cuda._sleep(200_000_000)
