@@ -13,7 +13,7 @@ from torch.distributions import Categorical
 
 import ppo_fast as pf
 
-from .harness import COPY, OURS, Case, Target, Workload, backward, compiled, double_leaf, gradients, leaf
+from .harness import COPY, OURS, Case, Provider, Target, Workload, backward, compiled, double_leaf, gradients, leaf
 
 
 def vocabulary_formula(logits, actions):
@@ -58,7 +58,55 @@ def build(case: Case) -> Workload:
     return Workload(providers, truth, "eager", [z, z, actions, actions, *given.values()])
 
 
-def _case(rows: int, n: int, dtype: str, *targets: Target, quick: bool = False, remark: str = "") -> Case:
+# --- a vocabulary's logits, overwritten by their gradient -------------------------------------------------------------
+
+
+class FromNetwork(torch.autograd.Function):
+    """Logits as a head hands them on: no leaf, and theirs to overwrite who has them."""
+
+    @staticmethod
+    def forward(ctx, anchor, logits, seen):
+        ctx.seen = seen
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, d_logits):
+        ctx.seen["d logits"] = d_logits
+        return None, None, None
+
+
+def build_in_place(case: Case) -> Workload:
+    rows, n = case.shape
+    pristine = 2.0 * torch.randn(rows, n, dtype=getattr(torch, case.dtype))
+    z, anchor = pristine.clone(), torch.zeros((), requires_grad=True)
+    actions, given = torch.randint(n, (rows,)), upstream(rows)
+    fast = compiled(vocabulary_formula)
+
+    def provider(name: str, op) -> Provider:
+        def run() -> dict[str, Tensor]:
+            seen: dict[str, Tensor] = {}
+            out = named(op(FromNetwork.apply(anchor, z, seen), actions))
+            torch.autograd.backward(list(out.values()), list(given.values()))
+            return {**{k: v.detach() for k, v in out.items()}, **seen}
+
+        return Provider(name, run, dict, lambda: z.copy_(pristine))
+
+    providers = [
+        provider(OURS, lambda z, a: pf.categorical_log_prob(z, a, inplace_backward=True)),
+        provider("eager", vocabulary_formula),
+        provider("compile", fast),
+    ]
+
+    def truth() -> dict[str, Tensor]:
+        wide = {"logits": double_leaf(pristine)}
+        out = named(pf.reference.categorical_log_prob(wide["logits"], actions))
+        torch.autograd.backward(list(out.values()), [g.double() for g in given.values()])
+        return {**{k: v.detach() for k, v in out.items()}, **gradients(wide)}
+
+    return Workload(providers, truth, "eager", [z, z, actions, actions, *given.values()])
+
+
+def _case(rows: int, n: int, dtype: str, *targets: Target, quick=False, remark="", build=build) -> Case:
     size = rows * n
     n_bytes = 3 * getattr(torch, dtype).itemsize * size + (2 * 8 + 4 * 4) * rows
     return Case("categorical_log_prob", (rows, n), dtype, "forward + backward", n_bytes, 11 * size, build, targets,
@@ -68,6 +116,7 @@ def _case(rows: int, n: int, dtype: str, *targets: Target, quick: bool = False, 
 CASES = [
     _case(256, 32_000, "float32", Target(3, ("compile",)), Target(0.8, (COPY,)), remark="256 tokens, a vocabulary"),
     _case(256, 32_000, "bfloat16", Target(3, ("compile",)), remark="256 tokens, a vocabulary"),
+    _case(128, 151_936, "bfloat16", Target(2.5, ("compile",)), remark="gradient over the logits", build=build_in_place),
     _case(65_536, 6, "float32", Target(4, ("compile",))),
     _case(65_536, 18, "float32", Target(4, ("compile",))),
     _case(128, 2, "float32", quick=True, remark="CleanRL's CartPole minibatch"),

@@ -137,6 +137,45 @@ def build(case: Case) -> Workload:
     return Workload(providers, truth, "cleanrl", list(data))
 
 
+# --- tokens of a language model: [B, T], a mask that trainers carry values over ------------------------------------------
+
+
+def masked_loop(rewards, values, mask):
+    """As trainers for language models run it, on the CPU of their driver: a step of all sequences at a time."""
+    running = following = torch.zeros(len(rewards))
+    out = []
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        keep = mask[:, t]
+        advantage = rewards[:, t] + GAMMA * following - values[:, t] + GAMMA * LAM * running
+        running = keep * advantage + (1 - keep) * running
+        following = keep * values[:, t] + (1 - keep) * following
+        out.append(running)
+    advantages = torch.stack(out[::-1], 1)
+    return advantages * mask, (advantages + values) * mask
+
+
+def build_masked(case: Case) -> Workload:
+    rewards, values = torch.randn(case.shape), torch.randn(case.shape)
+    mask = torch.rand(case.shape) < 0.9
+    out = (torch.empty(case.shape), torch.empty(case.shape))
+    numbers = mask.float()
+    providers = [
+        Provider(OURS, lambda: pf.gae(rewards, values, mask=mask, gamma=GAMMA, lam=LAM, time_dim=1, out=out), _named),
+        Provider("loop", lambda: masked_loop(rewards, values, numbers), _named),
+    ]
+
+    def truth() -> dict[str, Tensor]:
+        return _named(pf.reference.gae(rewards.double(), values.double(), mask=mask, gamma=GAMMA, lam=LAM, time_dim=1))
+
+    return Workload(providers, truth, "loop", [rewards, values, mask])
+
+
+def _masked_case(batch: int, steps: int, *targets: Target, quick: bool = False) -> Case:
+    size = batch * steps
+    return Case("gae", (batch, steps), "float32", "forward", 17 * size, 7 * size, build_masked, targets, quick,
+                "tokens [B, T] with a mask; into memory that is there (out=)")  # fmt: skip
+
+
 def _case(steps: int, n: int, *targets: Target, quick: bool = False, remark: str = "") -> Case:
     size = steps * n
     return Case("gae", (steps, n), "float32", "forward", 17 * size + 4 * n, 7 * size, build, targets, quick, remark)
@@ -148,4 +187,5 @@ CASES = [
     _case(2048, 8, Target(1.5, ("numba",)), Target(100, ("cleanrl",))),
     _case(2048, 1, Target(1.5, ("numba",)), Target(100, ("cleanrl",)), remark="CleanRL's MuJoCo rollout"),
     _case(128, 4, quick=True, remark="CleanRL's CartPole rollout"),
+    _masked_case(512, 8192, Target(0.8, (COPY,)), Target(500, ("loop",))),
 ]

@@ -32,6 +32,7 @@ LABELS = {
     "cleanrl": "CleanRL loop",
     "torchrl-loop": "torchrl loop",
     "torchrl-vec": "torchrl vectorised",
+    "loop": "loop over tokens",
     "torch-chunked": "torch, chunked",
     PRODUCTS: "the products alone",
     COPY: "copy of as many bytes",
@@ -77,10 +78,11 @@ class Case:
     targets: tuple[Target, ...] = ()
     quick: bool = False  # also part of the quick run
     remark: str = ""
+    variant: str = ""  # tells cases of one shape apart
 
     @property
     def name(self) -> str:
-        return f"{self.op} {list(self.shape)} {SHORT[self.dtype]}"
+        return f"{self.op} {list(self.shape)} {SHORT[self.dtype]}{self.variant and ' ' + self.variant}"
 
 
 SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}

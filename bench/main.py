@@ -22,7 +22,9 @@ Op = Literal[
     "bernoulli_log_prob", "normal_log_prob", "beta_log_prob", "ppo_loss", "categorical_ppo_loss", "normal_ppo_loss",
     "linear_log_prob", "linear_ppo_loss",
 ]  # fmt: skip
-Peer = Literal["ours", "eager", "compile", "numba", "sb3", "cleanrl", "torchrl-loop", "torchrl-vec", "torch-chunked"]
+Peer = Literal[
+    "ours", "eager", "compile", "numba", "sb3", "cleanrl", "torchrl-loop", "torchrl-vec", "loop", "torch-chunked"
+]
 OPS: tuple[str, ...] = Op.__args__  # type: ignore[attr-defined]
 PEERS: tuple[str, ...] = Peer.__args__  # type: ignore[attr-defined]
 

@@ -82,7 +82,7 @@ def op_table(op: str, groups: list[tuple[Case, list[Row]]], wide: bool = True) -
     for head in ("peak\nMB", "\nerror") if wide else ("\nerror",):
         table.add_column(head, justify="right", no_wrap=True)
     for case, rows in groups:
-        head = f"{list(case.shape)} {SHORT[case.dtype]} {SHORT_MODE[case.mode]}"
+        head = f"{list(case.shape)} {SHORT[case.dtype]} {SHORT_MODE[case.mode]}{case.variant and ', ' + case.variant}"
         table.add_row(Text(head, style="bold cyan"))
         for provider in dict.fromkeys(row.provider for row in rows):
             mine = {row.threads: row for row in rows if row.provider == provider}

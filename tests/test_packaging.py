@@ -76,8 +76,9 @@ def test_stubs_are_those_of_the_built_module():
 def test_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
+    names: dict = {}  # read from top to bottom
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
 
 
 def test_public_names_have_docstrings():

@@ -87,13 +87,16 @@ class Head:
         self.memory = memory
         self.on_cpu = hidden.device.type == "cpu"
 
-    def blocks(self, size: int, bounds: list[int] | None = None) -> Iterator[slice]:
-        """Consecutive tokens, at most `size` of them where `bounds` (the ends that a block may have) allow it."""
-        if bounds is None:
-            for begin in range(0, self.n, size):
-                yield slice(begin, min(begin + size, self.n))
-            return
+    def blocks(self, size: int, bounds: list[int] | None = None, first: int = 0) -> Iterator[slice]:
+        """Consecutive tokens, at most `size` of them (the first block: `first`) where `bounds`, the ends that a block may
+        have, allow it."""
         begin = 0
+        if bounds is None:
+            while begin < self.n:
+                end = min(begin + (first if begin == 0 and first else size), self.n)
+                yield slice(begin, end)
+                begin = end
+            return
         for i, end in enumerate(bounds):
             following = bounds[i + 1] if i + 1 < len(bounds) else math.inf
             if following - begin > size and end > begin:

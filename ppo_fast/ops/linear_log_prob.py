@@ -11,7 +11,7 @@ from .. import _backend, _library, reference
 from . import _checks, _linear
 
 _OP = "linear_log_prob"
-_KEPT = 6  # chunks of which `logits_memory` is made: all but one stay until the backward
+_PARTS = 6  # of logits_memory: all but one are for the first chunk, which stays until the backward; the rest take turns
 
 
 def linear_log_prob(
@@ -98,24 +98,24 @@ def _reference(hidden, weight, targets, bias, temperature, softcap, ignore_index
 
 
 def _forward(backend, head: _linear.Head, entropy: bool, keep: bool):
-    """(log_prob, entropy or None, chunks): as many of them with logits as the memory holds."""
+    """(log_prob, entropy or None, chunks): the first and the last with their logits."""
     dtype = torch.float64 if head.dtype is torch.float64 else torch.float32
     log_prob = torch.zeros(head.n, dtype=dtype, device=head.hidden.device)
     h = torch.zeros_like(log_prob) if entropy else None
     chunks: list[_linear.Chunk] = []
-    size = head.chunk_rows(1 / _KEPT if keep else 0.5)
-    blocks = list(head.blocks(size))
+    size = head.chunk_rows(1 / _PARTS if keep else 0.5)
+    blocks = list(head.blocks(size, first=(_PARTS - 1) * size if keep else size))
     buffer = None
     for i, rows in enumerate(blocks):
-        live = head.live(rows)
-        if buffer is None or (keep and i < _KEPT):
-            buffer = torch.empty((size, head.vocabulary), dtype=head.dtype, device=head.hidden.device)
+        live, length = head.live(rows), rows.stop - rows.start
+        if buffer is None or (keep and i == 1):  # the first chunk keeps its own
+            buffer = torch.empty((length, head.vocabulary), dtype=head.dtype, device=head.hidden.device)
         chunk = head.forward(backend, live, buffer, entropy)
         log_prob[live] = chunk.log_prob
         if h is not None:
             h[live] = chunk.entropy  # type: ignore[assignment]
         if keep:
-            written_over = _KEPT - 1 <= i < len(blocks) - 1
+            written_over = 0 < i < len(blocks) - 1
             chunks.append(chunk._replace(logits=None) if written_over else chunk)
     return log_prob.view(head.lead), None if h is None else h.view(head.lead), chunks
 

@@ -138,7 +138,7 @@ class _Call:
         of_chunk = _ChunkLoss(self, streams, log_prob) if with_head_gradient else None
         sequences = self._sequence_ends(head.n) if with_head_gradient and self.config.policy in SEQUENCE_LEVEL else None
         buffer = None
-        for rows in head.blocks(head.chunk_rows(1.0 if self.group is None else 0.5), sequences):
+        for rows in head.blocks(head.chunk_rows(1 / 3), sequences):
             live = head.live(rows)
             if buffer is None or len(buffer) < rows.stop - rows.start:
                 buffer = torch.empty((rows.stop - rows.start, head.vocabulary), dtype=head.dtype, device=hidden.device)
