@@ -9,6 +9,7 @@
 Public names are those of `__all__`; `help(pf.<name>)` gives formula, shapes, gradient, errors and cost.
 """
 
+from . import advantages
 from ._backend import explain, use_backend
 from .config import LossConfig
 from .ops.bernoulli_log_prob import bernoulli_log_prob
@@ -29,7 +30,7 @@ from .outputs import PPOLoss, Stats
 
 __version__ = "0.1.0"
 __all__ = [
-    "LossConfig", "PPOLoss", "Stats", "bernoulli_log_prob", "beta_log_prob", "categorical_log_prob",
+    "LossConfig", "PPOLoss", "Stats", "advantages", "bernoulli_log_prob", "beta_log_prob", "categorical_log_prob",
     "categorical_ppo_loss", "discounted_returns", "explain", "gae", "linear_log_prob", "linear_ppo_loss",
     "multi_categorical_log_prob", "normal_log_prob", "normal_ppo_loss", "ppo_loss", "use_backend", "vtrace",
     "whiten",

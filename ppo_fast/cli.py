@@ -1,4 +1,4 @@
-"""The command line: `ppo-fast train control`, `ppo-fast bench`, `ppo-fast doctor`.
+"""The command line: `ppo-fast train control`, `ppo-fast train language`, `ppo-fast bench`, `ppo-fast doctor`.
 
 Each command imports what it needs when it runs, so that help comes at once. Exit codes: 0 done, 2 wrong input (one line
 says what was expected and what came; PPO_FAST_DEBUG=1 shows where, for those who debug their own environment), 130
@@ -103,6 +103,38 @@ def train_control(args: Sequence[str]) -> int:
     return 0 if train(config).finished else 130
 
 
+def train_language(args: Sequence[str]) -> int:
+    """Train a causal language model with PPO, GRPO and their kin."""
+    import dataclasses
+
+    import tyro
+
+    from .trainer.language.config import GROUPS, LanguageConfig
+
+    run_dir, file, source = _option(args, "--run-dir"), _option(args, "--config"), "--config"
+    fields: dict[str, Any] = {}
+    if file is None and "--resume" in args and run_dir is not None and (Path(run_dir) / "config.json").exists():
+        file = str(Path(run_dir) / "config.json")
+    if file is not None:
+        fields, source = LanguageConfig.load_fields(Path(file)), file
+    default = LanguageConfig.from_dict(fields, source)
+    # one flat configuration, whose help comes in the groups that it is made of
+    groups: list[Any] = []
+    for group in GROUPS:
+        values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
+        groups.append(
+            (group.__name__.removesuffix("Fields").lower(), group, dataclasses.field(default=group(**values)))
+        )
+    kind = dataclasses.make_dataclass("language", groups, frozen=True)
+    kind.__doc__ = LanguageConfig.__doc__
+    flat: Any = tyro.conf.OmitArgPrefixes
+    parsed = _parse(flat[kind], _without_config(args), f"{PROG} train language", kind())
+    config = LanguageConfig(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+    from .trainer.language.run import train
+
+    return 0 if train(config).finished else 130
+
+
 def bench(args: Sequence[str]) -> int:
     """Measure ops and trainers against their peers."""
     try:
@@ -145,6 +177,7 @@ def doctor(args: Sequence[str]) -> int:
 
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("train", "control"): train_control,
+    ("train", "language"): train_language,
     ("bench",): bench,
     ("doctor",): doctor,
 }
@@ -184,9 +217,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("gymnasium", "rich", "tyro"):
+        if error.name not in ("gymnasium", "rich", "tyro", "transformers", "tokenizers"):
             raise
-        print(f'{PROG}: error: {error.name} is not installed: pip install "ppo_fast[control]"', file=sys.stderr)
+        extra = "language" if list(argv or sys.argv[1:])[1:2] == ["language"] else "control"
+        print(f'{PROG}: error: {error.name} is not installed: pip install "ppo_fast[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)

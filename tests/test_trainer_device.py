@@ -54,7 +54,7 @@ def one_thread():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(control, "find_device", lambda config: torch.device("cpu"))
+    monkeypatch.setattr(control, "find_device", lambda config, graph: torch.device("cpu"))
     monkeypatch.setattr(Twin, "_on", lambda twin, device: torch.full_like(twin.host, 1))
     for module in (learner, rollout):
         monkeypatch.setattr(module, "upload", lambda x, device: x.clone())

@@ -58,14 +58,14 @@ def on_host(state: Any) -> Any:
     return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: dict[str, Any], kind: str = FORMAT) -> None:
     buffer = io.BytesIO()  # torch's own file writer turns a full disk into an obscure RuntimeError
-    torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
+    torch.save({"format": kind, "version": VERSION, **state}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote; `UserError` for anything else."""
+def load(path: Path, kind: str = FORMAT) -> dict[str, Any]:
+    """The state that `save` wrote, of the same kind; `UserError` for anything else."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -82,8 +82,8 @@ def load(path: Path) -> dict[str, Any]:
         what = one_line(error)
         raise UserError(f"{path}: expected a checkpoint of ppo_fast, got a damaged or foreign file ({what})") from None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found != FORMAT:
-        raise UserError(f"{path}: expected a checkpoint of format {FORMAT!r}, got {found!r}")
+    if found != kind:
+        raise UserError(f"{path}: expected a checkpoint of format {kind!r}, got {found!r}")
     if state.get("version") != VERSION:
         raise UserError(f"{path}: expected checkpoint version {VERSION}, got {state.get('version')!r}")
     return state

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
-from .errors import UserError, one_line
+from .errors import UserError
+from .fields import Bounds, RunFields
 
-FORMAT = "ppo_fast.control/1"
-
-#: Fields that change what is shown or where it is kept, never what is learned: free to differ on `--resume`.
-FREE_ON_RESUME = frozenset({"run_dir", "resume", "checkpoint_seconds", "tensorboard", "plot", "progress"})
+_BOUNDS: Bounds = {
+    "seed": (0, 2**63 - 1, True),
+    "total_timesteps": (1, 10**15, True),
+    "num_envs": (1, 2**20, True),
+    "num_steps": (1, 2**24, True),
+    "learning_rate": (0, math.inf, False),
+    "gamma": (0, 1, True),
+    "gae_lambda": (0, 1, True),
+    "num_minibatches": (1, 2**24, True),
+    "update_epochs": (1, 10**6, True),
+    "clip_coef": (0, math.inf, False),
+    "entropy_coef": (-math.inf, math.inf, False),
+    "value_coef": (0, math.inf, True),
+    "max_grad_norm": (0, math.inf, False),
+    "target_kl": (0, math.inf, False),
+    "adam_eps": (0, math.inf, False),
+    "initial_log_std": (-20, 20, True),
+    "threads": (1, 4096, True),
+    "checkpoint_seconds": (0, math.inf, True),
+}
 
 
 @dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(RunFields):
     """PPO on gymnasium vector environments.
 
     The defaults are CleanRL's for discrete actions; `--env-id` picks a preset where there is one (CartPole-v1,
     Acrobot-v1, Pendulum-v1, HalfCheetah-v5, Hopper-v5), then `--config FILE`, then the flags that you give, later wins.
     """
+
+    FORMAT: ClassVar[str] = "ppo_fast.control/1"
+    BOUNDS: ClassVar[Bounds] = _BOUNDS
 
     env_id: str = "CartPole-v1"
     """Gymnasium environment id. "module:Id" imports the module that registers it first."""
@@ -147,77 +165,9 @@ class ControlConfig:
         return Path(self.run_dir) if self.run_dir else Path("runs") / self.env_id.replace(":", "-").replace("/", "-")
 
 
-#: field -> (lowest, highest, lowest is allowed)
-_BOUNDS: dict[str, tuple[float, float, bool]] = {
-    "seed": (0, 2**63 - 1, True),
-    "total_timesteps": (1, 10**15, True),
-    "num_envs": (1, 2**20, True),
-    "num_steps": (1, 2**24, True),
-    "learning_rate": (0, math.inf, False),
-    "gamma": (0, 1, True),
-    "gae_lambda": (0, 1, True),
-    "num_minibatches": (1, 2**24, True),
-    "update_epochs": (1, 10**6, True),
-    "clip_coef": (0, math.inf, False),
-    "entropy_coef": (-math.inf, math.inf, False),
-    "value_coef": (0, math.inf, True),
-    "max_grad_norm": (0, math.inf, False),
-    "target_kl": (0, math.inf, False),
-    "adam_eps": (0, math.inf, False),
-    "initial_log_std": (-20, 20, True),
-    "threads": (1, 4096, True),
-    "checkpoint_seconds": (0, math.inf, True),
-}
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _range(name: str, kind: str) -> str:
-    low, high, closed = _BOUNDS[name]
-    if low == -math.inf:
-        return f"a finite {kind}"
-    lower = f"{'>=' if closed else '>'} {low:g}"
-    article = "an" if kind == "integer" else "a finite"
-    return f"{article} {kind} {lower}" + (f" and <= {high:g}" if math.isfinite(high) else "")
-
-
-def _check_number(name: str, value: Any, kind: type) -> None:
-    expected = _range(name, "integer" if kind is int else "number")
-    right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not right_type or not math.isfinite(value):
-        raise UserError(f"{flag(name)}: expected {expected}, got {value!r}")
-    low, high, closed = _BOUNDS[name]
-    if value < low or value > high or (value == low and not closed):
-        raise UserError(f"{flag(name)}: expected {expected}, got {value!r}")
-
-
-def _check_choice(name: str, value: Any, hint: Any) -> None:
-    """Everything that is not a number: text, switches, choices, layer widths."""
-    if name == "hidden_sizes":
-        ok = isinstance(value, tuple) and len(value) <= 16
-        ok = ok and all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= 2**16 for v in value)
-        expected = "at most 16 integers in [1, 65536]"
-    elif hint is bool:
-        ok, expected = isinstance(value, bool), "true or false"
-    elif hint is str:
-        ok, expected = isinstance(value, str), "text"
-    else:
-        ok, expected = value in get_args(hint), "one of " + ", ".join(get_args(hint))
-    if not ok:
-        raise UserError(f"{flag(name)}: expected {expected}, got {value!r}")
-
-
 def validate(config: ControlConfig) -> None:
     """Raises `UserError` for the first field that is out of range, or that does not fit the others."""
-    for name, hint in get_type_hints(ControlConfig).items():
-        value = getattr(config, name)
-        if name in _BOUNDS:
-            if value is not None or type(None) not in get_args(hint):
-                _check_number(name, value, int if hint is int else float)
-        else:
-            _check_choice(name, value, hint)
+    config.check_fields()
     if not config.env_id:
         raise UserError("--env-id: expected the id of a gymnasium environment, got ''")
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]?))?", config.device):
@@ -241,54 +191,10 @@ def validate(config: ControlConfig) -> None:
         )
 
 
-def to_dict(config: ControlConfig) -> dict[str, Any]:
-    """Plain data for JSON and for checkpoints."""
-    fields = dataclasses.asdict(config)
-    fields["hidden_sizes"] = list(config.hidden_sizes)
-    return fields
+to_dict, dumps = ControlConfig.to_dict, ControlConfig.dumps
+load_fields = ControlConfig.load_fields
 
 
 def from_dict(fields: dict[str, Any], source: str) -> ControlConfig:
     """The inverse of `to_dict`; `source` names the file in messages."""
-    known = {f.name for f in dataclasses.fields(ControlConfig)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise UserError(f"{source}: expected fields of ControlConfig, got {', '.join(map(repr, unknown))}")
-    fields = dict(fields)
-    if isinstance(fields.get("hidden_sizes"), list):
-        fields["hidden_sizes"] = tuple(fields["hidden_sizes"])
-    try:
-        return ControlConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def dumps(config: ControlConfig) -> str:
-    """The config file of a run: everything but where it was kept."""
-    fields = {name: value for name, value in to_dict(config).items() if name not in ("run_dir", "resume")}
-    return json.dumps({"format": FORMAT, **fields}, indent=2) + "\n"
-
-
-def load_fields(path: Path) -> dict[str, Any]:
-    """The fields that a config file sets; it may leave out any."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: expected a readable config file, got {one_line(error)}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: expected JSON, got {one_line(error)}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-    written = fields.pop("format", FORMAT)
-    if written != FORMAT:
-        raise UserError(f"{path}: expected format {FORMAT!r}, got {written!r}")
-    return fields
-
-
-def differences(old: ControlConfig, new: ControlConfig) -> list[str]:
-    """What a resumed run may not change, as "--flag: before -> now"."""
-    return [
-        f"{flag(f.name)}: {getattr(old, f.name)} -> {getattr(new, f.name)}"
-        for f in dataclasses.fields(ControlConfig)
-        if f.name not in FREE_ON_RESUME and getattr(old, f.name) != getattr(new, f.name)
-    ]
+    return ControlConfig.from_dict(fields, source)

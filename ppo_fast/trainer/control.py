@@ -9,7 +9,6 @@ resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import random
 import time
 import warnings
@@ -34,8 +33,8 @@ from .policies import make_policy
 from .presets import PRESETS, preset
 from .report import PROGRESS_COLUMNS, LiveProgress, Snapshot, Timing, summary
 from .rollout import Collector, Episode
-from .rundir import CHECKPOINT, RunDir, claim
-from .session import Interrupt, Session, load_checkpoint, resume_command
+from .rundir import RunDir, claim
+from .session import Interrupt, Session, announce, load_checkpoint, need_packages, resume_command
 from .spaces import ObservationCodec
 
 __all__ = ["PRESETS", "ControlConfig", "TrainResult", "UserError", "preset", "train"]
@@ -57,7 +56,7 @@ class Trainer:
     """The state of a run and one iteration of it; no files, no output."""
 
     def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
-        self.config, self.device = config, find_device(config)
+        self.config, self.device = config, find_device(config, config.cuda_graph)
         random.seed(config.seed)  # the global generators are for environments that use them
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -202,13 +201,8 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
 
 
 def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console) -> TrainResult:
-    for package, wanted, without in (
-        ("tensorboard", config.tensorboard, "--no-tensorboard"),
-        ("matplotlib", config.plot, "--no-plot"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f'{package} is not installed: pip install "ppo_fast[control]", or go without by {without}')
-    state, device = load_checkpoint(config), find_device(config)
+    need_packages(config, "control")
+    state, device = load_checkpoint(config), find_device(config, config.cuda_graph)
     current = torch.cuda.device(-1 if device.type == "cpu" else device)  # -1: leaves it
     # before the folder, so that a mistake found here leaves no trace
     with current, contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
@@ -222,12 +216,7 @@ def _train_in(run: RunDir, trainer: Trainer, state: dict[str, Any] | None, conso
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    if run.taken is not None:
-        say(f"{run.taken} is taken and stays as it is; this run goes to {run.path}")
-        if (run.taken / CHECKPOINT).exists():
-            say(f"(the one in {run.taken} continues with: {resume_command(run.taken)})")
-    if trainer.config.resume and state is None:
-        say(f"no checkpoint in {run.path} yet: starting from the beginning")
+    announce(run, trainer.config, state, say, "control")
     session = Session(trainer, run, state, say)
     with contextlib.closing(session):
         finished = _loop(session, console)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ppo_fast import _backend
 
-from .config import ControlConfig
 from .errors import UserError
+from .fields import RunFields
 
 
-def find_device(config: ControlConfig) -> torch.device:
+def find_device(config: RunFields, cuda_graph: bool = False) -> torch.device:
     """The device of a run; `UserError` where it is not here, or has no kernels that a graph could hold."""
     device = torch.device(config.device)
     if device.type == "cpu":
@@ -26,7 +26,7 @@ def find_device(config: ControlConfig) -> torch.device:
         backend = _backend.pick("ppo-fast train", torch.empty(0, device=device))
     except ValueError as error:  # PPO_FAST_BACKEND
         raise UserError(f"--device: {error}") from None
-    if config.cuda_graph and backend is None:
+    if cuda_graph and backend is None:
         raise UserError("--cuda-graph: expected kernels for the GPU, got only the reference; ppo-fast doctor says why")
     return device
 

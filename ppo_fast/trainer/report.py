@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -168,6 +167,8 @@ def draw_curve(steps: np.ndarray, returns: np.ndarray, title: str) -> bytes:
 
 def summary(config: ControlConfig, now: Snapshot, files: list[tuple[str, Path]]) -> Table:
     """The closing table: what was reached, how fast, and where the files are."""
+    import gymnasium as gym  # here, as the language trainer has none
+
     timing = now.timing
     table = Table(title=f"{config.env_id}, seed {config.seed}", show_header=False, title_justify="left")
     table.add_row("environment steps", f"{now.global_step:,}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .config import ControlConfig, load_fields
 from .errors import UserError, one_line
+from .fields import RunFields
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
@@ -59,14 +59,14 @@ def _create(path: Path) -> bool:
         raise UserError(f"--run-dir: expected a folder that can be written, got {path} ({one_line(error)})") from None
 
 
-def claim(config: ControlConfig) -> RunDir:
+def claim(config: RunFields) -> RunDir:
     """The folder to work in: with `resume` the one that was named, else it or the first free path-2, path-3, …"""
     wanted = config.folder
     if config.resume:
         _create(wanted)
         with _writable(wanted):
             checkpoint.remove_leftovers(wanted)
-            _check_resumable(wanted)
+            _check_resumable(wanted, config)
             return RunDir(wanted)
     path, number = wanted, 1
     while not _create(path):
@@ -76,14 +76,14 @@ def claim(config: ControlConfig) -> RunDir:
         return RunDir(path, None if number == 1 else wanted)
 
 
-def _check_resumable(path: Path) -> None:
+def _check_resumable(path: Path, config: RunFields) -> None:
     """Without a checkpoint a resumed run starts over: only where that overwrites nothing but an earlier start of ours."""
     names = {p.name for p in path.iterdir()} - {LOCK}
     if not names or CHECKPOINT in names:
         return
     if CONFIG not in names:
         raise UserError(f"--resume: expected the folder of a run, got {path}, which holds something else")
-    load_fields(path / CONFIG)
+    config.load_fields(path / CONFIG)
 
 
 @contextlib.contextmanager
@@ -94,10 +94,10 @@ def _writable(path: Path):
         raise UserError(f"--run-dir: {path} cannot be written ({one_line(error)})") from None
 
 
-class CsvLog:
-    """A CSV that grows. `offset` goes into the checkpoint; reopening at it drops the rows written after."""
+class GrowingLog:
+    """A file of lines that grows. `offset` goes into the checkpoint; reopening at it drops what was written after."""
 
-    def __init__(self, path: Path, columns: Iterable[str], offset: int = 0) -> None:
+    def __init__(self, path: Path, offset: int = 0, head: str = "") -> None:
         self.path = path
         if offset:
             size = path.stat().st_size if path.exists() else 0
@@ -107,10 +107,9 @@ class CsvLog:
         self._file.truncate(offset)
         self._file.seek(offset)
         if not offset:
-            self._file.write((",".join(columns) + "\n").encode())
+            self.write(head)
 
-    def rows(self, rows: Iterable[Iterable[Any]]) -> None:
-        text = "".join(",".join(map(_cell, row)) + "\n" for row in rows)
+    def write(self, text: str) -> None:
         self._file.write(text.encode())
 
     def sync(self) -> int:
@@ -121,6 +120,16 @@ class CsvLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class CsvLog(GrowingLog):
+    """Rows of numbers and words."""
+
+    def __init__(self, path: Path, columns: Iterable[str], offset: int = 0) -> None:
+        super().__init__(path, offset, ",".join(columns) + "\n")
+
+    def rows(self, rows: Iterable[Iterable[Any]]) -> None:
+        self.write("".join(",".join(map(_cell, row)) + "\n" for row in rows))
 
 
 def _cell(value: Any) -> str:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shlex
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from . import checkpoint
-from .config import ControlConfig, differences, dumps, from_dict, to_dict
 from .errors import UserError, one_line
+from .fields import RunFields
 from .report import EPISODE_COLUMNS, PROGRESS_COLUMNS, TensorBoard, draw_curve, read_episodes, tensorboard_scalars
-from .rollout import Episode
-from .rundir import CHECKPOINT, CONFIG, CsvLog, RunDir
-
-if TYPE_CHECKING:
-    from .control import Trainer
+from .rundir import CHECKPOINT, CONFIG, CsvLog, GrowingLog, RunDir
 
 
 class Interrupt:
@@ -47,19 +44,19 @@ class Interrupt:
         self.console.print("stopping after this iteration; Ctrl-C again stops at once, at the last checkpoint")
 
 
-def resume_command(path: Path) -> str:
-    return f"ppo-fast train control --run-dir {shlex.quote(str(path))} --resume"
+def resume_command(path: Path, command: str = "control") -> str:
+    return f"ppo-fast train {command} --run-dir {shlex.quote(str(path))} --resume"
 
 
-def load_checkpoint(config: ControlConfig) -> dict[str, Any] | None:
+def load_checkpoint(config: RunFields, kind: str = checkpoint.FORMAT) -> dict[str, Any] | None:
     """The state to resume from, if there is one; `UserError` where it belongs to another configuration."""
     path = config.folder / CHECKPOINT
     if not config.resume or not path.exists():
         return None
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, kind)
     if not isinstance(state.get("config"), dict):
         raise UserError(f"{path}: expected a checkpoint with its configuration, got none")
-    changed = differences(from_dict(state["config"], str(path)), config)
+    changed = config.from_dict(state["config"], str(path)).differences(config)
     if changed:
         raise UserError(
             f"--resume: expected the configuration that {config.folder} was started with, got {'; '.join(changed)}"
@@ -67,33 +64,67 @@ def load_checkpoint(config: ControlConfig) -> dict[str, Any] | None:
     return state
 
 
+def need_packages(config: RunFields, extra: str) -> None:
+    """`UserError` where a package that the configuration asks for is not here."""
+    for package, wanted, without in (
+        ("tensorboard", config.tensorboard, "--no-tensorboard"),
+        ("matplotlib", config.plot, "--no-plot"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f'{package} is not installed: pip install "ppo_fast[{extra}]", or go without by {without}')
+
+
+def announce(
+    run: RunDir, config: RunFields, state: dict[str, Any] | None, say: Callable[[str], None], command: str
+) -> None:
+    """What a person should know of the folder before anything happens in it."""
+    if run.taken is not None:
+        say(f"{run.taken} is taken and stays as it is; this run goes to {run.path}")
+        if (run.taken / CHECKPOINT).exists():
+            say(f"(the one in {run.taken} continues with: {resume_command(run.taken, command)})")
+    if config.resume and state is None:
+        say(f"no checkpoint in {run.path} yet: starting from the beginning")
+
+
 class Session:
     """Everything a run writes. `state` is the checkpoint to go on from, `say` prints a line."""
 
-    def __init__(self, trainer: Trainer, run: RunDir, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
+    KIND = checkpoint.FORMAT
+    unit = "step"
+
+    def __init__(self, trainer: Any, run: RunDir, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
         self.trainer, self.config, self.run, self.say = trainer, trainer.config, run, say
         if state is None:
-            offsets = {"episodes": 0, "progress": 0}
-            run.write(CONFIG, dumps(self.config).encode())  # first, as it marks the folder as ours
+            offsets: dict[str, int] = {}
+            run.write(CONFIG, self.config.dumps().encode())  # first, as it marks the folder as ours
         else:
             offsets = self._restore(state)
-        self._saved_at, self._saved_step = time.perf_counter(), trainer.now.global_step
+        self._saved_at, self._saved_step = time.perf_counter(), self.step
         self.board: TensorBoard | None = None
         with contextlib.ExitStack() as logs:  # what is open when a later one fails gets closed
-            self.episodes = CsvLog(run.path / "episodes.csv", EPISODE_COLUMNS, offsets["episodes"])
-            logs.callback(self.episodes.close)
-            self.progress = CsvLog(run.path / "progress.csv", PROGRESS_COLUMNS, offsets["progress"])
-            logs.callback(self.progress.close)
+            self.logs = self._open(offsets, logs)
             if self.config.tensorboard:
                 self.board = TensorBoard(run.path / "tensorboard", self._saved_step)
                 logs.callback(self.board.close)
             self._logs = logs.pop_all()
 
+    @property
+    def step(self) -> int:
+        return self.trainer.now.global_step
+
+    def _open(self, offsets: dict[str, int], stack: contextlib.ExitStack) -> dict[str, GrowingLog]:
+        """The logs by name, each at its offset; what a checkpoint does not know starts empty."""
+        self.episodes = CsvLog(self.run.path / "episodes.csv", EPISODE_COLUMNS, offsets.get("episodes", 0))
+        stack.callback(self.episodes.close)
+        self.progress = CsvLog(self.run.path / "progress.csv", PROGRESS_COLUMNS, offsets.get("progress", 0))
+        stack.callback(self.progress.close)
+        return {"episodes": self.episodes, "progress": self.progress}
+
     def _restore(self, state: dict[str, Any]) -> dict[str, int]:
         path = self.run.path / CHECKPOINT
         try:
             exact = self.trainer.load_state_dict(state)
-            offsets = {name: int(state["logs"][name]) for name in ("episodes", "progress")}
+            offsets = {name: int(offset) for name, offset in state["logs"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
             raise UserError(
                 f"{path}: expected a checkpoint of this run, got one that does not fit ({one_line(error)})"
@@ -103,10 +134,10 @@ class Session:
                 f"warning: {self.config.env_id} is not deterministic: its episodes did not replay to the same "
                 "observations; the run goes on from the replayed ones and is not an exact continuation"
             )
-        self.say(f"resuming {self.run.path} at step {self.trainer.now.global_step:,}")
+        self.say(f"resuming {self.run.path} at {self.unit} {self.step:,}")
         return offsets
 
-    def log(self, episodes: list[Episode], row: dict[str, Any]) -> None:
+    def log(self, episodes: Any, row: dict[str, Any]) -> None:
         self.episodes.rows(episodes)
         self.progress.rows([row.values()])
         if self.board is not None:
@@ -114,12 +145,12 @@ class Session:
 
     def save(self) -> None:
         """Logs first: the checkpoint points into them."""
-        logs = {"episodes": self.episodes.sync(), "progress": self.progress.sync()}
+        logs = {name: log.sync() for name, log in self.logs.items()}
         if self.board is not None:
             self.board.flush()
-        state = {"config": to_dict(self.config), "logs": logs, **self.trainer.state_dict()}
-        checkpoint.save(self.run.path / CHECKPOINT, state)
-        self._saved_at, self._saved_step = time.perf_counter(), self.trainer.now.global_step
+        state = {"config": self.config.to_dict(), "logs": logs, **self.trainer.state_dict()}
+        checkpoint.save(self.run.path / CHECKPOINT, state, self.KIND)
+        self._saved_at, self._saved_step = time.perf_counter(), self.step
 
     def save_if_due(self) -> None:
         if time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds:
@@ -127,7 +158,7 @@ class Session:
 
     def finish(self) -> list[tuple[str, Path]]:
         """Last checkpoint and plot; the files that a summary names."""
-        if self._saved_step != self.trainer.now.global_step:
+        if self._saved_step != self.step:
             self.save()
         files = [("checkpoint", self.run.path / CHECKPOINT), ("episodes", self.episodes.path)]
         files.append(("progress", self.progress.path))
