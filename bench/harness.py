@@ -81,6 +81,11 @@ class Case:
     variant: str = ""  # tells cases of one shape apart
 
     @property
+    def is_heavy(self) -> bool:
+        """Seconds a call: measured with all threads only."""
+        return self.flops > 1e11
+
+    @property
     def name(self) -> str:
         return f"{self.op} {list(self.shape)} {SHORT[self.dtype]}{self.variant and ' ' + self.variant}"
 

@@ -77,6 +77,6 @@ def _case(m: int, h: int, v: int, variant: str, *targets: Target, quick: bool = 
 CASES = [
     _case(2048, 1024, 32_000, ALIVE, Target(1 / 1.15, (PRODUCTS,))),
     _case(2048, 1024, 32_000, HALF_DEAD, Target(1 / (1.15 * 0.75), (PRODUCTS,))),
-    _case(2048, 1024, 32_000, HALF_MASKED),
+    _case(512, 512, 32_000, HALF_MASKED),
     _case(64, 64, 500, ALIVE, quick=True),
 ]

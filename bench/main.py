@@ -108,13 +108,13 @@ def _progress(total: int) -> Iterator:
 def measure_all(selected: list[Case], config: BenchConfig) -> list[Row]:
     seconds = min(config.seconds, 0.3) if config.quick else config.seconds
     threads = thread_counts(config)
+    runs = [(case, n) for case in selected for n in threads if n == threads[-1] or not case.is_heavy]
     before, rows = torch.get_num_threads(), []
     try:
-        with _progress(len(selected) * len(threads)) as step:
-            for case in selected:
-                for n in threads:
-                    step(f"{case.name}, {n} thread{'s' if n > 1 else ''}")
-                    rows += run_case(case, n, wanted(config), seconds)
+        with _progress(len(runs)) as step:
+            for case, n in runs:
+                step(f"{case.name}, {n} thread{'s' if n > 1 else ''}")
+                rows += run_case(case, n, wanted(config), seconds)
     finally:
         torch.set_num_threads(before)
     return rows
