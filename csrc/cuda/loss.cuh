@@ -121,7 +121,8 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   sums.ratio_min = smaller_or_second(ratio, sums.ratio_min), sums.ratio_max = larger_or_second(ratio, sums.ratio_max);
 
   const T advantage = setup.scale.normalize ? (x.advantage - setup.scale.shift) * setup.scale.inverse : x.advantage;
-  auto s = surrogate(ratio, advantage, c);
+  auto s = c.policy == kPpo ? surrogate(ratio, advantage, c)
+                            : policy_term(PolicyToken<T>{x.log_prob, x.old_log_prob, d, ratio, advantage}, c);
   if (c.rollout_correction != kNoCorrection) {
     const T rho = exp_of(x.old_log_prob - x.rollout_log_prob);
     const T factor = c.rollout_correction == kTis ? min_of(rho, c.rollout_high)
@@ -131,7 +132,8 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   sums.policy += setup.has_weights ? s.loss * weight : s.loss;
   sums.low += s.low ? 1 : 0, sums.high += s.high ? 1 : 0, sums.dual += s.dual_clipped ? 1 : 0;
   TokenGradients<T> grad{s.grad * (weight * setup.scale.weight), T(0), T(0)};
-  if (c.has_log_ratio_clamp && (raw < -c.log_ratio_clamp || raw > c.log_ratio_clamp)) grad.log_prob = T(0);
+  const bool clamped = c.has_log_ratio_clamp && (raw < -c.log_ratio_clamp || raw > c.log_ratio_clamp);
+  if (clamped && through_ratio(c)) grad.log_prob = T(0);
 
   if (setup.has_values) {
     const auto term = value_term(x.value, setup.has_old_values ? x.old_value : x.value, x.target, c);
@@ -151,7 +153,7 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   }
   if (c.kl != kNoKl) {
     T k, slope;
-    kl_term(x.ref_log_prob - x.log_prob, c, k, slope);
+    kl_term(x.ref_log_prob - x.log_prob, ratio, !clamped, c, k, slope);
     sums.kl += setup.has_weights ? k * weight : k;
     if (setup.kl_gradient) grad.log_prob += slope * (weight * setup.kl_factor);
   }
