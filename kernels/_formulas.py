@@ -256,7 +256,9 @@ def policy_term(log_prob, old_log_prob, d, ratio, advantage, c, S: tl.constexpr)
             capped = tl.where(ratio > c.ratio_cap, c.ratio_cap, ratio)
         grad = minus_a * capped
         dropped = out.low | out.high
-        return Surrogate(tl.where(dropped, 0.0, grad * log_prob), tl.where(dropped, 0.0, grad), out.low, out.high, nowhere)
+        return Surrogate(
+            tl.where(dropped, 0.0, grad * log_prob), tl.where(dropped, 0.0, grad), out.low, out.high, nowhere
+        )
     elif S.policy == "dro":
         pull = c.dro_beta * d
         loss = minus_a * log_prob + 0.5 * (pull * d)

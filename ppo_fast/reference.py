@@ -322,7 +322,9 @@ class PolicyTerm(NamedTuple):
     dual_clipped: Tensor
 
 
-def policy_term(log_prob: Tensor, old_log_prob: Tensor, d: Tensor, advantages: Tensor, config: LossConfig) -> PolicyTerm:
+def policy_term(
+    log_prob: Tensor, old_log_prob: Tensor, d: Tensor, advantages: Tensor, config: LossConfig
+) -> PolicyTerm:
     """Loss per token of a token policy; d = log_prob - old_log_prob, inside its clamp."""
     ratio = d.exp()
     constant = ratio.detach()

@@ -16,7 +16,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 optional = lambda *values: st.sampled_from([None, *values])  # noqa: E731
 
 
-
 def _with_bounds(config: pf.LossConfig) -> pf.LossConfig:
     """KL of a token against its old self is small: so are the bounds that it may meet. And one KL option at a time."""
     if config.policy == "dppo_kl":

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 import ppo_fast as pf
 from ppo_fast import _C
 from ppo_fast.config import (
-    CHOICES, NUMBERS, POLICIES, PRESETS, REDUCTIONS, SEQUENCE_NUMBERS, SEQUENCE_POLICIES, STATS, TOKEN_POLICIES,
+    CHOICES,
+    NUMBERS,
+    POLICIES,
+    PRESETS,
+    REDUCTIONS,
+    SEQUENCE_NUMBERS,
+    SEQUENCE_POLICIES,
+    STATS,
+    TOKEN_POLICIES,
 )  # fmt: skip
 
 OPTIONAL = {"dual_clip", "ratio_cap", "log_ratio_clamp", "value_clip", "kl_clamp", "kl_value_clamp"}
@@ -105,7 +113,10 @@ def test_every_field_travels():
 
 
 def test_a_sequence_policy_travels_as_the_token_policy_made_of_it():
-    assert set(SEQUENCE_POLICIES.values()) <= set(TOKEN_POLICIES) and set(POLICIES) == {*TOKEN_POLICIES, *SEQUENCE_POLICIES}
+    assert set(SEQUENCE_POLICIES.values()) <= set(TOKEN_POLICIES) and set(POLICIES) == {
+        *TOKEN_POLICIES,
+        *SEQUENCE_POLICIES,
+    }
     for policy, token in SEQUENCE_POLICIES.items():
         config = pf.LossConfig(policy=policy, kl="k3", kl_coef=0.1, normalize_advantages=True, clip_low=0.3)
         main, kl = config.forms

@@ -7,8 +7,9 @@
 namespace pf {
 namespace PF_ISA {
 
-// `ratio` and `moves`, whether it has a derivative, are read for a KL weighted by the ratio.
-template <class V, class M, class T>
+// `ratio` and `moves`, whether it has a derivative, are read for a KL weighted by the ratio. !kWeighted: there is
+// neither a weight nor another estimate's gradient.
+template <bool kWeighted = true, class V, class M, class T>
 PF_FN void kl_term(V u, const V& ratio, const M& moves, const LossNumbers<T>& c, V& k, V& grad) {
   const V zero(T(0)), one(T(1)), unclamped = u;
   auto alive = u == u;
@@ -28,10 +29,10 @@ PF_FN void kl_term(V u, const V& ratio, const M& moves, const LossNumbers<T>& c,
     const auto e = exponential(u);
     k = e.beyond_linear, grad = one - e.value;
   }
-  if (c.kl_weight == kKlRatio) {
+  if (kWeighted && c.kl_weight == kKlRatio) {
     grad = ratio * select(moves, grad + k, grad);
     k = ratio * k;
-  } else if (c.kl_weight == kKlScore) {
+  } else if (kWeighted && c.kl_weight == kKlScore) {
     grad = grad + k;
   }
   if (c.has_kl_value_clamp) {
@@ -40,7 +41,7 @@ PF_FN void kl_term(V u, const V& ratio, const M& moves, const LossNumbers<T>& c,
     k = clamp_of(k, -bound, bound);
   }
   grad = select(alive, grad, zero);
-  if (c.kl_gradient == kGradientOfK2) grad = -unclamped;
+  if (kWeighted && c.kl_gradient == kGradientOfK2) grad = -unclamped;
 }
 
 }  // namespace PF_ISA

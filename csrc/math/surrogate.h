@@ -142,7 +142,7 @@ PF_FN auto policy_term(const PolicyToken<V>& x, const LossNumbers<T>& c) {
   } else {
     loss = grad = minus_a * x.ratio;
   }
-  const auto nowhere = low & high;
+  auto nowhere = low & high;
   return Surrogate<V, decltype(nowhere)>{loss, grad, low, high, nowhere};
 }
 

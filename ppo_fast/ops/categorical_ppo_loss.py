@@ -62,7 +62,8 @@ def categorical_ppo_loss(
         return reference.categorical_ppo_loss(
             logits, actions, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
             ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, cu_seqlens=cu_seqlens,
-            weights=weights, denominator=denominator, index=index, action_mask=action_mask, parts=(categorical_log_prob, ppo_loss),
+            weights=weights, denominator=denominator, index=index, action_mask=action_mask,
+            parts=(categorical_log_prob, ppo_loss),
         )  # fmt: skip
     shape = logits.shape[:-1] if isinstance(logits, Tensor) else None  # not a tensor: the checks say so
     stored = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)

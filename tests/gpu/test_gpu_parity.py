@@ -15,7 +15,7 @@ from conftest import assert_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_prob_laws import assert_parity
-from loss_cases import compare, streams
+from loss_cases import CENTER, compare, log_probs, streams
 from scan_cases import carried_cases, double, transposed
 from scan_cases import cases as scan_cases
 
