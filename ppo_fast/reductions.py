@@ -26,6 +26,12 @@ class Sequences:
         """[..., T] -> [..., 1], or [M] -> [S]."""
         return x.sum(-1, keepdim=True) if self.lengths is None else _Total.apply(x, self)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """As `total`; no derivative."""
+        if self.lengths is None:
+            return x.amax(-1, keepdim=True) if x.numel() else self.total(x)
+        return torch.segment_reduce(x, "max", lengths=self.lengths, unsafe=True)
+
     def spread(self, x: Tensor) -> Tensor:
         """[..., 1] -> [..., T], or [S] -> [M]."""
         return x.expand(self.shape) if self.lengths is None else _Spread.apply(x, self)

@@ -160,7 +160,8 @@ def sequence_loss(
     with torch.no_grad():
         if term.outside is not None:
             keep = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
-            low, high = ((keep & side).sum() / keep.sum().clamp(min=1) for side in term.outside)
+            count = keep.sum().to(dtype).clamp(min=1.0)
+            low, high = ((keep & side).sum() / count for side in term.outside)
             changed = {"clip_fraction": low + high, "clip_fraction_low": low, "clip_fraction_high": high}
     if term.extra is not None:
         weights, denominator, cu_seqlens = rest["weights"], rest["denominator"], rest["cu_seqlens"]
