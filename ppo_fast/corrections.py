@@ -61,9 +61,9 @@ def rollout_weights(
         reject_by: the divergence of a token, or its mean, sum or largest over the sequence, by which all of it is
             rejected. None: "token", or "mean" with level="sequence".
 
-    Returns: `RolloutWeights(weights, keep, stats)`: float32 (float64 if an input is), bool, and 0-dim tensors: `mean`, `max` and `min` of
-        the weights, `fraction_low` and `fraction_high` of valid tokens with ρ beyond a bound, `fraction_rejected`,
-        `fraction_zero` of valid tokens that weigh nothing, `ess` = (Σ w)²/(n·Σ w²).
+    Returns: `RolloutWeights(weights, keep, stats)`: float32 (float64 if an input is), bool, and 0-dim tensors: `mean`, `max`
+        and `min` of the weights, `fraction_low` and `fraction_high` of valid tokens with ρ beyond a bound,
+        `fraction_rejected`, `fraction_zero` of valid tokens that weigh nothing, `ess` = (Σ w)²/(n·Σ w²).
 
     A rejected token still counts in the denominators of a loss that has the old mask; with mask=keep it does not (verl).
 

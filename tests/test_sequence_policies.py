@@ -53,7 +53,9 @@ def gmpo(x, old, a, c):
     """arXiv 2507.20673, eq. 4: the geometric mean of the ratios, each clipped on the side that its advantage would push."""
     ratios = (x - old).exp()
     low, high = math.exp(-c.clip_low), math.exp(c.clip_high)
-    kept = [torch.clamp(r, max=high) if each >= 0 else torch.clamp(r, min=low) for r, each in zip(ratios, a, strict=True)]
+    kept = [
+        torch.clamp(r, max=high) if each >= 0 else torch.clamp(r, min=low) for r, each in zip(ratios, a, strict=True)
+    ]
     return -a * torch.stack(kept).prod() ** (1.0 / len(x))
 
 
@@ -61,7 +63,11 @@ def vespo(x, old, a, c):
     w = (x - old).sum().exp().detach()
     out = []
     for each, log_prob in zip(a, x, strict=True):
-        k, lam = (c.vespo_k_positive, c.vespo_lambda_positive) if each >= 0 else (c.vespo_k_negative, c.vespo_lambda_negative)
+        k, lam = (
+            (c.vespo_k_positive, c.vespo_lambda_positive)
+            if each >= 0
+            else (c.vespo_k_negative, c.vespo_lambda_negative)
+        )
         out.append(-math.exp(lam) * w**k * torch.exp(-lam * w) * each * log_prob)
     return torch.stack(out)
 
@@ -134,10 +140,14 @@ def test_kl_cov_holds_the_tokens_of_largest_covariance(share, how_many):
 
 # --- what lies around the policy --------------------------------------------------------------------------------------
 
-FULL = pf.LossConfig(value_coef=0.3, entropy_coef=0.2, kl="k3", kl_coef=0.1, reduction="seq-mean-token-mean", cov_ratio=0.3)
+FULL = pf.LossConfig(
+    value_coef=0.3, entropy_coef=0.2, kl="k3", kl_coef=0.1, reduction="seq-mean-token-mean", cov_ratio=0.3
+)
 
 
-@pytest.mark.parametrize("kl", [{}, {"kl_weight": "ratio"}, {"kl_weight": "score"}, {"kl_gradient": "k2"}, {"kl_coef": 0.0}])
+@pytest.mark.parametrize(
+    "kl", [{}, {"kl_weight": "ratio"}, {"kl_weight": "score"}, {"kl_gradient": "k2"}, {"kl_coef": 0.0}]
+)
 @pytest.mark.parametrize("policy", sorted(SEQUENCE_POLICIES))
 def test_kl_entropy_and_value_are_those_of_tokens(policy, kl):
     """They are the token loss's own: loss and gradient are the policy's alone, and the rest of reinforce with A = 0."""
@@ -239,7 +249,9 @@ def test_gspo_of_one_advantage_a_sequence_has_its_token_forms_gradient():
     x, mask = batch(10)
     x["advantages"] = x["advantages"][:, :1].expand(B, T)
     config = pf.LossConfig(policy="gspo", reduction="seq-mean-token-mean", clip_low=0.02, clip_high=0.02)
-    torch.testing.assert_close(policy_of(config, x, mask)[1], policy_of(replace(config, policy="gspo_token"), x, mask)[1])
+    torch.testing.assert_close(
+        policy_of(config, x, mask)[1], policy_of(replace(config, policy="gspo_token"), x, mask)[1]
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -373,7 +385,9 @@ def test_dppo_leaves_out_what_moved_too_far_the_wrong_way(policy):
             assert torch.autograd.grad(loss.loss, x)[0].item() == pytest.approx(wanted, rel=1e-12)
             assert loss.loss.item() == pytest.approx(wanted * math.log(p), rel=1e-12)
             sides = (loss.stats.clip_fraction_low.item(), loss.stats.clip_fraction_high.item())
-            assert sides == (float(out and a < 0), float(out and a > 0)) and loss.stats.clip_fraction.item() == sum(sides)
+            assert sides == (float(out and a < 0), float(out and a > 0)) and loss.stats.clip_fraction.item() == sum(
+                sides
+            )
 
 
 @pytest.mark.parametrize("d", [100.0, -200.0, math.inf, -math.inf])
@@ -382,7 +396,9 @@ def test_ratios_that_overflow_have_finite_gradients(policy, d):
     for backend in ("cpu", "reference"):
         x = torch.tensor([-1.0], requires_grad=True)
         with pf.use_backend(backend):
-            out = pf.ppo_loss(x, torch.tensor([-1.0 - d]), torch.tensor([2.0]), pf.LossConfig(policy=policy, ratio_cap=3.0))
+            out = pf.ppo_loss(
+                x, torch.tensor([-1.0 - d]), torch.tensor([2.0]), pf.LossConfig(policy=policy, ratio_cap=3.0)
+            )
         assert torch.autograd.grad(out.loss, x)[0].isfinite() and out.loss.isfinite()
 
 
@@ -401,8 +417,16 @@ def test_the_fused_losses_take_them_too(policy):
     stored = {k: x[k] for k in ("old_log_prob", "advantages", "returns", "ref_log_prob")}
     rest = {"values": x["values"], "mask": mask, **stored, "config": config}
     for fused, parts, leaf in (
-        (lambda: pf.categorical_ppo_loss(logits, actions, **rest), lambda: pf.categorical_log_prob(logits, actions), logits),
-        (lambda: pf.normal_ppo_loss(mean, log_std, taken, **rest), lambda: pf.normal_log_prob(mean, log_std, taken), mean),
+        (
+            lambda: pf.categorical_ppo_loss(logits, actions, **rest),
+            lambda: pf.categorical_log_prob(logits, actions),
+            logits,
+        ),
+        (
+            lambda: pf.normal_ppo_loss(mean, log_std, taken, **rest),
+            lambda: pf.normal_log_prob(mean, log_std, taken),
+            mean,
+        ),
     ):
         torch.manual_seed(0)
         out = fused()
