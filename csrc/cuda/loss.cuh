@@ -51,6 +51,7 @@ struct TokenSums {
 template <class T>
 struct LossSetup {
   LossNumbers<T> numbers;
+  PolicyNumbers<T> other;
   LossScale<T> scale;
   T value_factor, entropy_factor, kl_factor;  // coefficient times 1/denominator
   double value_coef, entropy_coef, kl_coef;
@@ -82,7 +83,7 @@ PF_DEV LossSetup<T> set_up(const LossArgs& a, bool has_entropy, const CountedSum
   __syncthreads();
   const LossParams p = current(a.params);
   LossSetup<T> s;
-  s.numbers = LossNumbers<T>(p);
+  s.numbers = LossNumbers<T>(p), s.other = PolicyNumbers<T>(p);
   s.scale = scale_of<T>(all, a.denominator, a.sum, p.normalize_advantages, p.advantage_ddof, p.advantage_eps);
   s.value_factor = static_cast<T>(p.value_half ? p.value_coef : 2 * p.value_coef) * s.scale.weight;
   s.entropy_factor = -(static_cast<T>(p.entropy_coef) * s.scale.weight);
@@ -121,8 +122,9 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   sums.ratio_min = smaller_or_second(ratio, sums.ratio_min), sums.ratio_max = larger_or_second(ratio, sums.ratio_max);
 
   const T advantage = setup.scale.normalize ? (x.advantage - setup.scale.shift) * setup.scale.inverse : x.advantage;
-  auto s = kUsual || c.policy == kPpo ? surrogate(ratio, advantage, c)
-                                      : policy_term(PolicyToken<T>{x.log_prob, x.old_log_prob, d, ratio, advantage}, c);
+  auto s = kUsual || setup.other.policy == kPpo
+               ? surrogate(ratio, advantage, c)
+               : policy_term(PolicyToken<T>{x.log_prob, x.old_log_prob, d, ratio, advantage}, c, setup.other);
   if (c.rollout_correction != kNoCorrection) {
     const T rho = exp_of(x.old_log_prob - x.rollout_log_prob);
     const T factor = c.rollout_correction == kTis ? min_of(rho, c.rollout_high)
@@ -133,7 +135,7 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   sums.low += s.low ? 1 : 0, sums.high += s.high ? 1 : 0, sums.dual += s.dual_clipped ? 1 : 0;
   TokenGradients<T> grad{s.grad * (weight * setup.scale.weight), T(0), T(0)};
   const bool clamped = c.has_log_ratio_clamp && (raw < -c.log_ratio_clamp || raw > c.log_ratio_clamp);
-  if (clamped && (kUsual || through_ratio(c))) grad.log_prob = T(0);
+  if (clamped && (kUsual || through_ratio(setup.other.policy))) grad.log_prob = T(0);
 
   if (setup.has_values) {
     const auto term = value_term(x.value, setup.has_old_values ? x.old_value : x.value, x.target, c);
