@@ -38,14 +38,19 @@ struct Offence {
 // Order of LossConfig.NUMBERS and CHOICES in ppo_fast/config.py. NaN: switched off.
 struct LossParams {
   double clip_low, clip_high, dual_clip, ratio_cap, log_ratio_clamp, huber_delta, value_clip, value_coef, entropy_coef,
-      kl_coef, kl_clamp, kl_value_clamp, advantage_eps, rollout_low, rollout_high;
-  int32_t value_loss, value_half, value_clip_mode, kl, normalize_advantages, advantage_ddof, rollout_correction;
+      kl_coef, kl_clamp, kl_value_clamp, advantage_eps, rollout_low, rollout_high, sapo_tau_positive, sapo_tau_negative,
+      dro_beta;
+  int32_t value_loss, value_half, value_clip_mode, kl, normalize_advantages, advantage_ddof, rollout_correction, policy,
+      kl_gradient, kl_weight;
   const double* on_device = nullptr;  // the numbers again, in memory of the GPU: they may change between replays
 };
 enum ValueLoss { kMse, kHuber };
 enum ValueClipMode { kClipMax, kClipReplace, kClipError };
 enum Kl { kNoKl, kK1, kAbs, kK2, kK3 };
 enum RolloutCorrection { kNoCorrection, kTis, kIcePop };
+enum Policy { kPpo, kCispo, kSapo, kDppoTv, kDppoKl, kDro, kReinforce, kCpi };
+enum KlGradient { kOwnGradient, kGradientOfK2 };
+enum KlWeight { kNoKlWeight, kKlRatio, kKlScore };
 
 // Order of STATS in ppo_fast/config.py.
 // clang-format off

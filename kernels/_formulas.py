@@ -31,6 +31,9 @@ class Switches(NamedTuple):
     normalize_advantages: bool
     advantage_ddof: int
     rollout_correction: str | None
+    policy: str
+    kl_gradient: str | None
+    kl_weight: str | None
 
 
 class Numbers(NamedTuple):
@@ -50,11 +53,16 @@ class Numbers(NamedTuple):
     kl_value_clamp: tl.tensor
     rollout_low: tl.tensor
     rollout_high: tl.tensor
+    clip_low: tl.tensor
+    clip_high: tl.tensor
+    tau_positive: tl.tensor
+    tau_negative: tl.tensor
+    dro_beta: tl.tensor
 
 
 @triton.jit
 def load_numbers(numbers, T: tl.constexpr):
-    """From float64 [15] in the order of ppo_fast.config.NUMBERS. csrc/math/surrogate.h: LossNumbers."""
+    """From float64 [18] in the order of ppo_fast.config.NUMBERS. csrc/math/surrogate.h: LossNumbers."""
     return Numbers(
         clip_lo=(1.0 - tl.load(numbers)).to(T),
         clip_hi=(1.0 + tl.load(numbers + 1)).to(T),
@@ -70,6 +78,11 @@ def load_numbers(numbers, T: tl.constexpr):
         kl_value_clamp=tl.load(numbers + 11).to(T),
         rollout_low=tl.load(numbers + 13).to(T),
         rollout_high=tl.load(numbers + 14).to(T),
+        clip_low=tl.load(numbers).to(T),
+        clip_high=tl.load(numbers + 1).to(T),
+        tau_positive=tl.load(numbers + 15).to(T),
+        tau_negative=tl.load(numbers + 16).to(T),
+        dro_beta=tl.load(numbers + 17).to(T),
     )
 
 
@@ -179,6 +192,85 @@ def surrogate(ratio, advantage, c, S: tl.constexpr):
     return Surrogate(loss, grad, low, high, dual_clipped)
 
 
+class Term(NamedTuple):
+    """A policy's loss and grad: d loss / d log_prob."""
+
+    loss: tl.tensor
+    grad: tl.tensor
+
+
+@triton.jit
+def sapo(ratio, advantage, c):
+    """-4/τ·A·σ(τ(r - 1)), τ by the sign of A; its derivative is -4·A·r·σ·(1 - σ), 0 where 1 - σ is. csrc/math/surrogate.h."""
+    minus_a = -advantage
+    tau = tl.where(advantage > 0.0, c.tau_positive, c.tau_negative)
+    z = tau * (ratio - 1.0)
+    e = tl.exp(-tl.abs(z))
+    near = 1.0 / (1.0 + e)
+    far = e * near
+    gate = tl.where(z >= 0.0, near, tl.where(z < 0.0, far, z))
+    rest = tl.where(z >= 0.0, far, near)
+    return Term(minus_a * (gate * (4.0 / tau)),
+                tl.where(rest == 0.0, minus_a * 0.0, minus_a * (4.0 * (gate * rest) * ratio)))  # fmt: skip
+
+
+class TooFar(NamedTuple):
+    low: tl.tensor
+    high: tl.tensor
+
+
+@triton.jit
+def too_far(log_prob, old_log_prob, advantage, c, S: tl.constexpr):
+    """Where the probability p of the token went too far from q, its old one; NaN nowhere. csrc/math/surrogate.h."""
+    p = tl.exp(log_prob)
+    q = tl.exp(old_log_prob)
+    up = advantage > 0.0
+    down = advantage <= 0.0
+    if S.policy == "dppo_tv":
+        return TooFar(down & (p - q < -c.clip_low), up & (p - q > c.clip_high))
+    else:
+        other = tl.log(((1.0 - q) + 1e-8) / ((1.0 - p) + 1e-8))
+        kl = q * (old_log_prob - log_prob) + (1.0 - q) * other
+        return TooFar(down & (kl > c.clip_low) & (p < q), up & (kl > c.clip_high) & (p > q))
+
+
+@triton.jit
+def policy_term(log_prob, old_log_prob, d, ratio, advantage, c, S: tl.constexpr):
+    """LossConfig.policy of a token, d inside the log-ratio clamp or not, ratio = e^d. csrc/math/surrogate.h."""
+    minus_a = -advantage
+    low = ratio < c.clip_lo
+    high = ratio > c.clip_hi
+    nowhere = low & high
+    if S.policy == "ppo":
+        return surrogate(ratio, advantage, c, S)
+    elif S.policy == "cispo":
+        grad = minus_a * tl.where(low, c.clip_lo, tl.where(high, c.clip_hi, ratio))
+        return Surrogate(grad * log_prob, grad, low, high, nowhere)
+    elif S.policy == "sapo":
+        s = sapo(ratio, advantage, c)
+        return Surrogate(s.loss, s.grad, low, high, nowhere)
+    elif S.policy == "dppo_tv" or S.policy == "dppo_kl":
+        out = too_far(log_prob, old_log_prob, advantage, c, S)
+        capped = ratio
+        if S.ratio_cap:
+            capped = tl.where(ratio > c.ratio_cap, c.ratio_cap, ratio)
+        grad = minus_a * capped
+        dropped = out.low | out.high
+        return Surrogate(
+            tl.where(dropped, 0.0, grad * log_prob), tl.where(dropped, 0.0, grad), out.low, out.high, nowhere
+        )
+    elif S.policy == "dro":
+        pull = c.dro_beta * d
+        loss = minus_a * log_prob + 0.5 * (pull * d)
+        if S.log_ratio_clamp:
+            pull = tl.where(d == log_prob - old_log_prob, pull, 0.0)
+        return Surrogate(loss, minus_a + pull, low, high, nowhere)
+    elif S.policy == "reinforce":
+        return Surrogate(minus_a * log_prob, minus_a, low, high, nowhere)
+    else:
+        return Surrogate(minus_a * ratio, minus_a * ratio, low, high, nowhere)
+
+
 @triton.jit
 def rollout_weight(log_rho, c, S: tl.constexpr):
     """ρ = exp(old_log_prob - rollout_log_prob): min(ρ, high), or ρ inside [low, high] and else 0. csrc/cpu/ppo_loss.inc."""
@@ -259,8 +351,12 @@ class KlTerm(NamedTuple):
 
 
 @triton.jit
-def kl_term(u, c, S: tl.constexpr):
-    """Estimates of KL(policy || reference) from u = ref_log_prob - log_prob. csrc/math/kl.h."""
+def kl_term(u, ratio, moves, c, S: tl.constexpr):
+    """Estimates of KL(policy || reference) from u = ref_log_prob - log_prob. csrc/math/kl.h.
+
+    `ratio` and `moves`, whether it has a derivative, are read for a KL weighted by the ratio.
+    """
+    unclamped = u
     alive = (u == u) | (u != u)  # everywhere
     if S.kl_clamp:
         alive = ~((u < -c.kl_clamp) | (u > c.kl_clamp))
@@ -278,10 +374,18 @@ def kl_term(u, c, S: tl.constexpr):
         e = tl.exp(u)
         k = beyond_linear(u, e)
         grad = 1.0 - e
+    if S.kl_weight == "ratio":
+        grad = ratio * tl.where(moves, grad + k, grad)
+        k = ratio * k
+    elif S.kl_weight == "score":
+        grad = grad + k
     if S.kl_value_clamp:
         alive = alive & ~((k < -c.kl_value_clamp) | (k > c.kl_value_clamp))
         k = clamp_of(k, -c.kl_value_clamp, c.kl_value_clamp)
-    return KlTerm(k, tl.where(alive, grad, 0.0))
+    grad = tl.where(alive, grad, 0.0)
+    if S.kl_gradient == "k2":
+        grad = -unclamped
+    return KlTerm(k, grad)
 
 
 # --- categorical ------------------------------------------------------------------------------------------------------

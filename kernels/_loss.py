@@ -181,7 +181,7 @@ def token_losses(
     if S.log_ratio_clamp:
         d = f.clamp_of(d, -c.log_ratio_clamp, c.log_ratio_clamp)
     ratio = tl.exp(d)
-    s = f.surrogate(ratio, a, c, S)
+    s = f.policy_term(log_prob, old, d, ratio, a, c, S)
     policy = s.loss
     grad = s.grad
     if S.rollout_correction is not None:
@@ -190,8 +190,11 @@ def token_losses(
         policy = policy * rho
         grad = grad * rho
     grad = grad * share
+    moves = valid | (~valid)  # everywhere
     if S.log_ratio_clamp:
-        grad = tl.where((unclamped < -c.log_ratio_clamp) | (unclamped > c.log_ratio_clamp), 0.0, grad)
+        moves = ~((unclamped < -c.log_ratio_clamp) | (unclamped > c.log_ratio_clamp))
+        if S.policy == "ppo" or S.policy == "sapo" or S.policy == "cpi":  # the others' derivatives pass r by
+            grad = tl.where(moves, grad, 0.0)
     r = tl.where(valid, ratio, 0.0)
     wide = r.to(tl.float64)  # squares of what float32 holds may be more than it holds
 
@@ -199,7 +202,7 @@ def token_losses(
     kl_sum = tl.zeros((), tl.float64)
     if S.kl is not None:
         ref = _reduce.read(ref_log_prob, p.at, p, T)
-        k = f.kl_term(ref - log_prob, c, S)
+        k = f.kl_term(ref - log_prob, ratio, moves, c, S)
         kl_sum = _total(k.loss * token)
         grad = grad + tl.where(c.kl_coef == 0.0, 0.0, k.grad * (share * c.kl_coef))
 
@@ -354,16 +357,19 @@ class Loss:
                COUNTED=self.counted, VALUES=self.streams[2] is not None, LANES=_reduce.JOIN, num_warps=8)  # fmt: skip
 
 
-_ALL = Switches(True, True, True, True, True, True, "huber", True, "max", "k3", True, 1, "tis")
-#: Switches of examples: a plain loss, and one with everything on.
-SWITCHES = {"plain": Switches(*[False] * 6, "mse", True, "max", None, False, 1, None), "full": _ALL}
+_ALL = Switches(True, True, True, True, True, True, "huber", True, "max", "k3", True, 1, "tis", "ppo", None, "ratio")
+#: Switches of examples: a plain loss, one with everything on, and other policies.
+SWITCHES = {
+    "plain": Switches(*[False] * 6, "mse", True, "max", None, False, 1, None, "ppo", None, None), "full": _ALL,
+    **{policy: _ALL._replace(policy=policy) for policy in ("sapo", "dppo_kl", "dro")},
+}  # fmt: skip
 
 
 def example(
     kernel: Any, own: dict[str, str | None], which: str, T: tl.dtype, num_warps: int, index: bool = False, **meta: Any
 ) -> tuple:
     """An entry of AOT for a kernel of `run`: `own` are the types of the arguments before the mask, None where absent."""
-    full = which == "full"
+    full = which != "plain"
     x = "*fp64" if T is tl.float64 else "*fp32"
     types = {
         **own, "mask": "*i1" if full else None, "index": "*i64" if index else None, "old_log_prob": x, "advantages": x,

@@ -22,7 +22,7 @@ class LossParams:
         if len(numbers) != len(NUMBERS) or len(choices) != len(CHOICES):
             raise ValueError("LossParams: the package's Python and Triton halves differ; reinstall it")
         self.numbers = tuple(numbers)
-        #: float64 [15] on the device, read instead of `numbers`, which still say what is off.
+        #: float64 [18] on the device, read instead of `numbers`, which still say what is off.
         self.device_numbers = device_numbers
         on = {name: not math.isnan(numbers[NUMBERS.index(name)]) for name in _OPTIONAL}
         chosen = {name: allowed[i] for (name, allowed), i in zip(CHOICES.items(), choices, strict=True)}
@@ -31,7 +31,7 @@ class LossParams:
         self._pinned: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
-        """The numbers as float64 [15] on `device`, copied there once a stream and without waiting for it."""
+        """The numbers as float64 [18] on `device`, copied there once a stream and without waiting for it."""
         if self.device_numbers is not None:
             return self.device_numbers
         stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)

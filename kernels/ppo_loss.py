@@ -65,4 +65,7 @@ AOT = [
     _loss.example(_ppo_loss_kernel, _OWN, "plain", tl.float32, 8, BLOCK=_BLOCK),
     _loss.example(_ppo_loss_kernel, _HALF, "full", tl.float32, 8, BLOCK=_BLOCK),
     _loss.example(_ppo_loss_kernel, _DOUBLE, "full", tl.float64, 8, BLOCK=_DOUBLE_BLOCK),
+    _loss.example(_ppo_loss_kernel, _OWN, "sapo", tl.float32, 8, BLOCK=_BLOCK),
+    _loss.example(_ppo_loss_kernel, _OWN, "dppo_kl", tl.float32, 8, BLOCK=_BLOCK),
+    _loss.example(_ppo_loss_kernel, _DOUBLE, "dro", tl.float64, 8, BLOCK=_DOUBLE_BLOCK),
 ]

@@ -12,6 +12,7 @@ Public names are those of `__all__`; `help(pf.<name>)` gives formula, shapes, gr
 from . import advantages
 from ._backend import explain, use_backend
 from .config import LossConfig
+from .corrections import RolloutWeights, rollout_weights
 from .ops.bernoulli_log_prob import bernoulli_log_prob
 from .ops.beta_log_prob import beta_log_prob
 from .ops.categorical_log_prob import categorical_log_prob
@@ -30,8 +31,8 @@ from .outputs import PPOLoss, Stats
 
 __version__ = "0.1.0"
 __all__ = [
-    "LossConfig", "PPOLoss", "Stats", "advantages", "bernoulli_log_prob", "beta_log_prob", "categorical_log_prob",
-    "categorical_ppo_loss", "discounted_returns", "explain", "gae", "linear_log_prob", "linear_ppo_loss",
-    "multi_categorical_log_prob", "normal_log_prob", "normal_ppo_loss", "ppo_loss", "use_backend", "vtrace",
-    "whiten",
+    "LossConfig", "PPOLoss", "RolloutWeights", "Stats", "advantages", "bernoulli_log_prob", "beta_log_prob",
+    "categorical_log_prob", "categorical_ppo_loss", "discounted_returns", "explain", "gae", "linear_log_prob",
+    "linear_ppo_loss", "multi_categorical_log_prob", "normal_log_prob", "normal_ppo_loss", "ppo_loss",
+    "rollout_weights", "use_backend", "vtrace", "whiten",
 ]  # fmt: skip

@@ -10,10 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-POLICIES = ("ppo",)
+#: Policies that kernels know, in their order: each is a formula of one token.
+TOKEN_POLICIES = ("ppo", "cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "reinforce", "cpi")
+#: Policies of whole sequences or of the batch, and the token policy that `sequences.py` makes of each.
+SEQUENCE_POLICIES = {
+    "gspo": "ppo", "gspo_token": "ppo", "gmpo": "cpi", "vespo": "reinforce", "clip_cov": "ppo", "kl_cov": "cpi",
+}  # fmt: skip
+POLICIES = (*TOKEN_POLICIES, *SEQUENCE_POLICIES)
 VALUE_LOSSES = ("mse", "huber")
 VALUE_CLIP_MODES = ("max", "replace", "error")
 KLS = (None, "k1", "abs", "k2", "k3")
+KL_GRADIENTS = (None, "k2")
+KL_WEIGHTS = (None, "ratio", "score")
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum")
 ROLLOUT_CORRECTIONS = (None, "tis", "icepop")
 
@@ -21,6 +29,12 @@ ROLLOUT_CORRECTIONS = (None, "tis", "icepop")
 NUMBERS = (
     "clip_low", "clip_high", "dual_clip", "ratio_cap", "log_ratio_clamp", "huber_delta", "value_clip", "value_coef",
     "entropy_coef", "kl_coef", "kl_clamp", "kl_value_clamp", "advantage_eps", "rollout_low", "rollout_high",
+    "sapo_tau_positive", "sapo_tau_negative", "dro_beta",
+)  # fmt: skip
+#: Numbers that no kernel reads: those of policies that are put together ahead of it.
+SEQUENCE_NUMBERS = (
+    "vespo_k_positive", "vespo_k_negative", "vespo_lambda_positive", "vespo_lambda_negative", "cov_ratio", "cov_low",
+    "cov_high", "cov_kl_coef",
 )  # fmt: skip
 #: Fields that choose a formula; each travels as its index in the tuple of allowed values.
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -31,6 +45,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "normalize_advantages": (False, True),
     "advantage_ddof": (0, 1),
     "rollout_correction": ROLLOUT_CORRECTIONS,
+    "policy": TOKEN_POLICIES,
+    "kl_gradient": KL_GRADIENTS,
+    "kl_weight": KL_WEIGHTS,
 }
 
 #: Order of `out.stats`; `csrc/ops.h` has the same list and a test compares them.
@@ -45,18 +62,49 @@ STATS = (
 class LossConfig:
     """Definition of a PPO loss. Frozen: anneal with `dataclasses.replace(config, clip_low=...)`, or `on` a device.
 
-    Per token, with d = log_prob - old_log_prob, r = exp(d) and advantage A, all minimised:
+    Per token, with x = log_prob, d = x - old_log_prob, r = exp(d), advantage A and sg a constant for the gradient, all
+    minimised:
 
-        policy = max(-A·min(r, ratio_cap), -A·clip(r, 1 - clip_low, 1 + clip_high)); where A < 0: min(policy, -dual_clip·A)
         value  = f(values - returns), f(e) = e² ("mse") or e² / 2δ|e| - δ² beyond δ = huber_delta ("huber"), times ½ if value_half
-        kl     = k(ref_log_prob - log_prob)
+        kl     = k(ref_log_prob - x)
         total  = policy + value_coef·value - entropy_coef·entropy + kl_coef·kl, summed with the weights that `reduction` names
+
+    policy, with clip(r) = clamp(r, 1 - clip_low, 1 + clip_high) and cap(r) = min(r, ratio_cap):
+
+        "ppo"        max(-A·cap(r), -A·clip(r)); where A < 0: min(that, -dual_clip·A)                   arXiv 1707.06347
+        "cispo"      -sg(clip(r))·A·x; clip_low = 1: no lower bound                                      arXiv 2506.13585
+        "sapo"       -σ(τ·(r - 1))·4/τ·A, τ = sapo_tau_positive where A > 0, else sapo_tau_negative      arXiv 2511.20347
+        "dppo_tv"    -sg(cap(r))·A·x, 0 where A > 0 and p - q > clip_high, or A <= 0 and p - q < -clip_low,
+                     p = exp(x), q = exp(old_log_prob)                                                   arXiv 2602.04879
+        "dppo_kl"    the same with the KL of "this token or another", q·log(q/p) + (1-q)·log((1-q)/(1-p)): 0 where it is
+                     above clip_high and p > q (A > 0), above clip_low and p < q (A <= 0). Probabilities, not densities
+        "dro"        -(x·A - ½·dro_beta·d²)                                                              arXiv 2405.19107
+        "reinforce"  -A·x
+        "cpi"        -A·r                                                       Kakade & Langford 2002; arXiv 1707.06347, eq. 6
+
+    Of sequences, rows of [B, T] or the pieces that cu_seqlens names, with means over their valid tokens:
+
+        "gspo"       "ppo" with r = exp(mean d), the gradient through the mean                           arXiv 2507.18071
+        "gspo_token" "ppo" with r = exp(sg(mean d) + x - sg(x)), the exponent at most 10: verl's "gspo"
+        "gmpo"       "cpi" with r = exp(mean of d, held below clip_high where A > 0, above -clip_low where A < 0)
+                                                                                                         arXiv 2507.20673
+        "vespo"      -sg(φ(w))·A·x, w = exp(Σ d), φ = exp(λ + k·log w - λ·w), log w in [log 1e-8, 20]; k, λ by the sign of A
+                                                                                                         TRL's "vespo"
+        "clip_cov"   "ppo", 0 for cov_ratio of all tokens, drawn at random from those that "ppo" does not clip and whose
+                     cov = (A - mean A)·(x - mean x) is between cov_low and cov_high                     arXiv 2505.22617
+        "kl_cov"     "cpi" plus cov_kl_coef·|d| for the cov_ratio of all tokens whose cov is largest     arXiv 2505.22617
+
+    The last two look at the whole batch: micro-batches choose other tokens. "gspo", "gmpo" and their like are losses of
+    sequences under reduction="seq-mean-token-mean".
 
     Units: log-probabilities are natural logarithms (nats); every clip and coefficient is dimensionless.
     """
 
-    policy: Literal["ppo"] = "ppo"
-    #: r is clipped to [1 - clip_low, 1 + clip_high].
+    policy: Literal[
+        "ppo", "cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "reinforce", "cpi", "gspo", "gspo_token", "gmpo", "vespo",
+        "clip_cov", "kl_cov",
+    ] = "ppo"  # fmt: skip
+    #: r is clipped to [1 - clip_low, 1 + clip_high]; "gmpo" clips d to [-clip_low, clip_high].
     clip_low: float = 0.2
     clip_high: float = 0.2
     #: c > 1: where A < 0 the loss is at most -c·A (arXiv 1912.09729).
@@ -65,6 +113,17 @@ class LossConfig:
     ratio_cap: float | None = None
     #: d is clamped to ±this before exp; no gradient outside.
     log_ratio_clamp: float | None = None
+    sapo_tau_positive: float = 1.0
+    sapo_tau_negative: float = 1.05
+    dro_beta: float = 1.0
+    vespo_k_positive: float = 2.0
+    vespo_k_negative: float = 3.0
+    vespo_lambda_positive: float = 3.0
+    vespo_lambda_negative: float = 2.0
+    cov_ratio: float = 0.0002
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    cov_kl_coef: float = 1.0
     value_loss: Literal["mse", "huber"] = "mse"
     huber_delta: float = 1.0
     value_half: bool = True
@@ -79,8 +138,14 @@ class LossConfig:
     kl_coef: float = 0.0
     #: u is clamped to ±this; no gradient outside.
     kl_clamp: float | None = None
-    #: the estimate itself is clamped to ±this; no gradient outside.
+    #: the estimate itself, weight included, is clamped to ±this; no gradient outside.
     kl_value_clamp: float | None = None
+    #: "k2": the estimate keeps its value and takes the gradient of an unclamped k2, the one that is unbiased on policy
+    #: (verl's "k1+" and "k3+").
+    kl_gradient: Literal["k2"] | None = None
+    #: "ratio": the estimate times r, with r's gradient, unbiased off policy (arXiv 2512.02556); "score": times
+    #: exp(x - sg(x)), which is 1 and adds estimate·∇x to the gradient (arXiv 2506.09477).
+    kl_weight: Literal["ratio", "score"] | None = None
     #: (A - mean) / (std + advantage_eps) over the valid elements; a single valid element is left as it is.
     normalize_advantages: bool = False
     advantage_ddof: int = 1
@@ -99,10 +164,10 @@ class LossConfig:
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"LossConfig: reduction must be one of {REDUCTIONS}, got {self.reduction!r}")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if name != "policy" and getattr(self, name) not in allowed:
                 raise ValueError(f"LossConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         optional = {"dual_clip", "ratio_cap", "log_ratio_clamp", "value_clip", "kl_clamp", "kl_value_clamp"}
-        for name in NUMBERS:
+        for name in (*NUMBERS, *SEQUENCE_NUMBERS):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
@@ -114,8 +179,11 @@ class LossConfig:
                 raise ValueError(f"LossConfig: {name} must be >= 0, got {value}")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"LossConfig: dual_clip must be > 1, got {self.dual_clip}")
-        if self.huber_delta <= 0:
-            raise ValueError(f"LossConfig: huber_delta must be > 0, got {self.huber_delta}")
+        for name in ("huber_delta", "sapo_tau_positive", "sapo_tau_negative"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"LossConfig: {name} must be > 0, got {getattr(self, name)}")
+        if self.kl_gradient is not None and self.kl_weight is not None:
+            raise ValueError("LossConfig: kl_gradient and kl_weight must not both be given")
         if self.rollout_low > self.rollout_high:
             raise ValueError(
                 f"LossConfig: rollout_low must be <= rollout_high, got {self.rollout_low} > {self.rollout_high}"
@@ -124,6 +192,16 @@ class LossConfig:
         # torch.compile guards on a tensor's type, not on what it holds: an annealed coefficient recompiles nothing.
         vector = torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
         self.__dict__["_vector"] = vector
+        if self.policy in SEQUENCE_POLICIES:
+            shared = {"normalize_advantages": False}
+            policy = dataclasses.replace(self, policy=SEQUENCE_POLICIES[self.policy], kl=None, **shared)
+            kl = dataclasses.replace(self, policy="reinforce", rollout_correction=None, **shared)
+            self.__dict__["_forms"] = policy, kl
+
+    @property
+    def forms(self) -> tuple[LossConfig, ...]:
+        """Of a sequence policy, what kernels are given: all but the KL term, and the KL term. See `sequences.py`."""
+        return self.__dict__.get("_forms", ())
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
@@ -152,8 +230,10 @@ class LossConfig:
         return tuple(math.nan if (v := getattr(self, name)) is None else v for name in NUMBERS)
 
     def choices(self) -> tuple[int, ...]:
-        """`CHOICES` in order, as indices."""
-        return tuple(allowed.index(getattr(self, name)) for name, allowed in CHOICES.items())
+        """`CHOICES` in order, as indices; of a sequence policy, the token policy that is made of it."""
+        chosen = {name: getattr(self, name) for name in CHOICES}
+        chosen["policy"] = SEQUENCE_POLICIES.get(self.policy, self.policy)
+        return tuple(allowed.index(chosen[name]) for name, allowed in CHOICES.items())
 
     @staticmethod
     def unpacked(numbers: Sequence[float], choices: Sequence[int]) -> LossConfig:
@@ -188,6 +268,8 @@ class DeviceLossConfig(LossConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.__dict__["_on_device"] = self.numbers_vector.to(self.device)
+        for form in self.forms:
+            form.__dict__.update(_vector=self.numbers_vector, _on_device=self.device_numbers)
 
     @property
     def device_numbers(self) -> torch.Tensor:
@@ -207,8 +289,9 @@ class DeviceLossConfig(LossConfig):
                 state = "off" if value is not None else "on"
                 raise ValueError(f"DeviceLossConfig: {name} is {state} and must stay so, got {value}")
         LossConfig(**{**before, **numbers})  # its checks, before anything changes
-        self.__dict__.update(numbers)
-        self.__dict__.pop("_packed", None)
+        for config in (self, *self.forms):
+            config.__dict__.update(numbers)
+            config.__dict__.pop("_packed", None)
         for name, value in numbers.items():
             if value is not None:
                 for vector in (self.numbers_vector, self.device_numbers):

@@ -11,14 +11,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import LossConfig
 from .outputs import PPOLoss, Stats
-from .reductions import token_weights
+from .reductions import moments as _moments
+from .reductions import normalized, token_weights
+from .sequences import sequence_loss
 
 _FAR = 60.0  # exp(60) is finite in float32 and beyond every clip: past it a clipped branch is constant
 
@@ -192,15 +194,6 @@ def _per_row(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 # --- whitening --------------------------------------------------------------------------------------------------------
 
 
-def _moments(x: Tensor, valid: Tensor | None, ddof: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and variance (two passes) over the valid elements."""
-    x = _where(valid, x)
-    count = x.new_tensor(float(x.numel())) if valid is None else valid.sum().to(x.dtype)
-    mean = x.sum() / count.clamp(min=1.0)
-    var = _where(valid, (x - mean).square()).sum() / (count - ddof).clamp(min=1.0)
-    return count, mean, var
-
-
 def whiten(x, *, mask=None, ddof=1, eps=1e-8, shift_mean=True, eps_in_variance=False, moments=None):
     """(x - mean) / (std + eps) over the valid elements; one element (count <= ddof) is left as it is."""
     x = x.to(_compute_dtype(x))
@@ -341,6 +334,54 @@ def surrogate(d: Tensor, advantages: Tensor, config: LossConfig) -> tuple[Tensor
     return torch.where(advantages < 0, torch.minimum(loss, ceiling), loss), active
 
 
+class PolicyTerm(NamedTuple):
+    """Of each token: the loss, where its ratio is clipped (DPPO: where it is left out), where its dual clip is at work."""
+
+    loss: Tensor
+    low: Tensor
+    high: Tensor
+    dual_clipped: Tensor
+
+
+def policy_term(
+    log_prob: Tensor, old_log_prob: Tensor, d: Tensor, advantages: Tensor, config: LossConfig
+) -> PolicyTerm:
+    """Loss per token of a token policy; d = log_prob - old_log_prob, inside its clamp."""
+    ratio = d.exp()
+    constant = ratio.detach()
+    low, high = constant < 1.0 - config.clip_low, constant > 1.0 + config.clip_high
+    dual_clipped = torch.zeros_like(low)
+    if config.policy == "ppo":
+        loss, dual_clipped = surrogate(d, advantages, config)
+    elif config.policy == "cispo":
+        loss = -advantages * constant.clamp(1.0 - config.clip_low, 1.0 + config.clip_high) * log_prob
+    elif config.policy == "sapo":
+        tau = torch.full_like(d, config.sapo_tau_negative).masked_fill(advantages > 0, config.sapo_tau_positive)
+        near = torch.where(d > _FAR, _FAR, d).exp()  # the sigmoid is 1 there and beyond
+        loss = -advantages * (torch.sigmoid(tau * (near - 1.0)) * 4.0 / tau)
+    elif config.policy in ("dppo_tv", "dppo_kl"):
+        low, high = _too_far(log_prob.detach(), old_log_prob, advantages, config)
+        capped = constant if config.ratio_cap is None else constant.clamp(max=config.ratio_cap)
+        loss = torch.where(low | high, 0.0, -advantages * capped * log_prob)
+    elif config.policy == "dro":
+        loss = -(log_prob * advantages - 0.5 * config.dro_beta * d.square())
+    elif config.policy == "reinforce":
+        loss = -advantages * log_prob
+    else:
+        loss = -advantages * ratio
+    return PolicyTerm(loss, low, high, dual_clipped)
+
+
+def _too_far(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Where DPPO leaves a token out because its probability p went too far from q, below and above; NaN nowhere."""
+    p, q = log_prob.exp(), old_log_prob.exp()
+    up, down = advantages > 0, advantages <= 0
+    if config.policy == "dppo_tv":
+        return down & (p - q < -config.clip_low), up & (p - q > config.clip_high)
+    kl = q * (old_log_prob - log_prob) + (1.0 - q) * torch.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
+    return down & (kl > config.clip_low) & (p < q), up & (kl > config.clip_high) & (p > q)
+
+
 def value_penalty(error: Tensor, config: LossConfig) -> Tensor:
     """f(e), which `value_half` halves as a whole."""
     squared = error.square()
@@ -368,8 +409,9 @@ def value_loss(values, old_values, returns, config: LossConfig) -> tuple[Tensor,
     return (0.5 * loss if config.value_half else loss), clipped
 
 
-def kl_estimate(u: Tensor, config: LossConfig) -> Tensor:
+def kl_estimate(u: Tensor, log_prob: Tensor, d: Tensor, config: LossConfig) -> Tensor:
     """Per-token estimate of KL(policy || reference) from u = ref_log_prob - log_prob."""
+    unclamped = u
     if config.kl_clamp is not None:
         u = u.clamp(-config.kl_clamp, config.kl_clamp)
     cap = config.kl_value_clamp
@@ -380,10 +422,21 @@ def kl_estimate(u: Tensor, config: LossConfig) -> Tensor:
     elif config.kl == "k2":
         k = 0.5 * u.square()
     else:
-        if cap is not None:  # beyond, the clamp below holds; without this its zero gradient meets exp(u) = inf
+        if cap is not None and config.kl_weight != "ratio":
+            # beyond, the clamp below holds; without this its zero gradient meets exp(u) = inf
             u = u.clamp(max=math.log(2.0 * cap + 100.0))
         k = torch.expm1(u) - u
-    return k if cap is None else k.clamp(-cap, cap)
+    if config.kl_weight is not None:
+        weight = d.exp() if config.kl_weight == "ratio" else (log_prob - log_prob.detach()).exp()
+        if config.kl_clamp is not None:  # outside, there is no gradient at all
+            weight = torch.where(unclamped.abs() > config.kl_clamp, weight.detach(), weight)
+        k = weight * k
+    if cap is not None:
+        k = k.clamp(-cap, cap)
+    if config.kl_gradient == "k2":
+        half_square = 0.5 * unclamped.square()
+        k = k.detach() + (half_square - half_square.detach())
+    return k
 
 
 def ppo_loss(
@@ -392,6 +445,12 @@ def ppo_loss(
 ) -> PPOLoss:  # fmt: skip
     """Σ_t w_t·(policy + value_coef·value - entropy_coef·entropy + kl_coef·kl), and all statistics."""
     config = LossConfig() if config is None else config
+    if config.forms:
+        return sequence_loss(
+            "ppo_loss", ppo_loss, log_prob, old_log_prob, advantages, config, values=values, old_values=old_values,
+            returns=returns, entropy=entropy, ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
+            cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
+        )  # fmt: skip
     dtype = _compute_dtype(log_prob, values, entropy)
     valid = None if mask is None else mask != 0
 
@@ -406,14 +465,12 @@ def ppo_loss(
     w = token_weights(log_prob, valid, config.reduction, weights, denominator, cu_seqlens)
 
     if config.normalize_advantages:
-        count, mean, var = _moments(advantages, valid, config.advantage_ddof)
-        scaled = (advantages - mean) / (var.sqrt() + config.advantage_eps)
-        advantages = torch.where(count > config.advantage_ddof, scaled, advantages)
+        advantages = normalized(advantages, valid, config.advantage_ddof, config.advantage_eps)
 
     d = log_prob - old_log_prob
     if config.log_ratio_clamp is not None:
         d = d.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
-    policy, dual_clipped = surrogate(d, advantages, config)
+    policy, low, high, dual_clipped = policy_term(log_prob, old_log_prob, d, advantages, config)
     if config.rollout_correction is not None:
         rho = (old_log_prob - rollout_log_prob).exp()
         if config.rollout_correction == "tis":
@@ -434,7 +491,7 @@ def ppo_loss(
     if entropy is not None:
         entropy_term = total(entropy)
     if config.kl is not None:
-        kl_term = total(kl_estimate(ref_log_prob - log_prob, config))
+        kl_term = total(kl_estimate(ref_log_prob - log_prob, log_prob, d, config))
     loss = policy_loss + config.value_coef * value_term - config.entropy_coef * entropy_term + config.kl_coef * kl_term
 
     with torch.no_grad():
@@ -445,7 +502,6 @@ def ppo_loss(
         def mean_of(x: Tensor) -> Tensor:
             return _where(valid, x.to(dtype)).sum() / count.clamp(min=1.0)
 
-        low, high = ratio < 1.0 - config.clip_low, ratio > 1.0 + config.clip_high
         padded = torch.cat([_where(valid, ratio, math.inf).flatten(), zero[None] + math.inf])
         ratio_min = torch.where(empty, 0.0, padded.amin())
         padded = torch.cat([_where(valid, ratio, -math.inf).flatten(), zero[None] - math.inf])
@@ -505,16 +561,17 @@ def _valid_rows(mask: Tensor | None, *params: Tensor) -> tuple[Tensor, ...]:
 def categorical_ppo_loss(
     logits, actions, old_log_prob, advantages, config=None, *, values=None, old_values=None, returns=None,
     ref_log_prob=None, rollout_log_prob=None, mask=None, cu_seqlens=None, weights=None, denominator=None,
-    action_mask=None, index=None,
+    action_mask=None, index=None, parts=None,
 ) -> PPOLoss:  # fmt: skip
-    """`categorical_log_prob`, then `ppo_loss`."""
+    """`categorical_log_prob`, then `ppo_loss`; `parts`: other implementations of the two."""
+    log_prob_of, loss_of = parts or (categorical_log_prob, ppo_loss)
     stored = {"actions": actions, "action_mask": action_mask, "old_log_prob": old_log_prob, "advantages": advantages,
               "old_values": old_values, "returns": returns, "ref_log_prob": ref_log_prob,
               "rollout_log_prob": rollout_log_prob, "mask": mask, "weights": weights}  # fmt: skip
     stored = _minibatch(logits.shape[:-1], index, 0, stored)
     logits, actions = _valid_rows(stored["mask"], logits, stored.pop("actions"))
-    log_prob, h = categorical_log_prob(logits, actions, action_mask=stored.pop("action_mask"))
-    return ppo_loss(
+    log_prob, h = log_prob_of(logits, actions, action_mask=stored.pop("action_mask"))
+    return loss_of(
         log_prob, config=config, values=values, entropy=h, cu_seqlens=cu_seqlens, denominator=denominator, **stored
     )
 
@@ -522,9 +579,10 @@ def categorical_ppo_loss(
 def normal_ppo_loss(
     mean, log_std, actions, old_log_prob, advantages, config=None, *, values=None, old_values=None, returns=None,
     ref_log_prob=None, rollout_log_prob=None, mask=None, cu_seqlens=None, weights=None, denominator=None, index=None,
-    squash=False,
+    squash=False, parts=None,
 ) -> PPOLoss:  # fmt: skip
-    """`normal_log_prob`, then `ppo_loss`."""
+    """`normal_log_prob`, then `ppo_loss`; `parts`: other implementations of the two."""
+    log_prob_of, loss_of = parts or (normal_log_prob, ppo_loss)
     stored = {"actions": actions, "old_log_prob": old_log_prob, "advantages": advantages, "old_values": old_values,
               "returns": returns, "ref_log_prob": ref_log_prob, "rollout_log_prob": rollout_log_prob, "mask": mask,
               "weights": weights}  # fmt: skip
@@ -533,7 +591,7 @@ def normal_ppo_loss(
     mean, actions = _valid_rows(mask, mean, stored.pop("actions").to(_compute_dtype(mean, log_std, values)))
     if log_std.ndim == mean.ndim and log_std.shape[:-1] == mean.shape[:-1]:
         (log_std,) = _valid_rows(mask, log_std)
-    log_prob, h = normal_log_prob(mean, log_std, actions, squash=squash)
-    return ppo_loss(
+    log_prob, h = log_prob_of(mean, log_std, actions, squash=squash)
+    return loss_of(
         log_prob, config=config, values=values, entropy=h, cu_seqlens=cu_seqlens, denominator=denominator, **stored
     )

@@ -10,12 +10,26 @@ from conftest import as_double, assert_as_good
 from hypothesis import strategies as st
 
 import ppo_fast as pf
+from ppo_fast.config import TOKEN_POLICIES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 optional = lambda *values: st.sampled_from([None, *values])  # noqa: E731
 
+
+def _with_bounds(config: pf.LossConfig) -> pf.LossConfig:
+    """KL of a token against its old self is small: so are the bounds that it may meet. And one KL option at a time."""
+    if config.policy == "dppo_kl":
+        config = dataclasses.replace(config, clip_low=0.01, clip_high=0.02)
+    return config
+
+
 configs = st.builds(
-    pf.LossConfig,
+    lambda kl_how, **fields: _with_bounds(pf.LossConfig(**fields, **kl_how)),
+    policy=st.sampled_from([*["ppo"] * len(TOKEN_POLICIES), *TOKEN_POLICIES]),
+    sapo_tau_positive=st.sampled_from([1.0, 0.3]),
+    sapo_tau_negative=st.sampled_from([1.05, 5.0]),
+    dro_beta=st.sampled_from([1.0, 0.3]),
+    kl_how=st.sampled_from([{}, {}, {"kl_gradient": "k2"}, {"kl_weight": "ratio"}, {"kl_weight": "score"}]),
     clip_low=st.sampled_from([0.0, 0.1, 0.2]),
     clip_high=st.sampled_from([0.0, 0.2, 0.28]),
     dual_clip=optional(1.5, 3.0),
@@ -51,27 +65,35 @@ class Streams:
         return Streams(self.config, {k: as_double(v) for k, v in self.stored.items()}, self.rest)
 
 
-@st.composite
-def streams(draw, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Streams:
-    """Streams of `shape`; each by itself a plain tensor, a strided view or a broadcast."""
+#: Where the log-probs of ppo_loss lie: what DPPO reads are probabilities.
+CENTER = -1.2
 
-    def tensor(scale=1.0):
+
+def log_probs(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(shape, generator=generator) * 0.3 + CENTER).to(dtype)
+
+
+@st.composite
+def streams(draw, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, center=0.0) -> Streams:
+    """Streams of `shape`; each by itself a plain tensor, a strided view or a broadcast. Log-probs lie around `center`."""
+
+    def tensor(scale=1.0, mean=0.0):
         kind = draw(st.sampled_from(["plain", "plain", "strided", "broadcast"]))
         if kind == "strided":
             wide = torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=generator)
-            return (wide[..., 1::2] * scale).to(dtype)
+            return (wide[..., 1::2] * scale + mean).to(dtype)
         if kind == "broadcast" and len(shape) > 1:
-            return (torch.randn(1, *shape[1:], generator=generator) * scale).to(dtype).expand(shape)
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+            return (torch.randn(1, *shape[1:], generator=generator) * scale + mean).to(dtype).expand(shape)
+        return (torch.randn(shape, generator=generator) * scale + mean).to(dtype)
 
     config = draw(configs)
-    stored = {"old_log_prob": tensor(0.3), "advantages": tensor(2.0)}
+    stored = {"old_log_prob": tensor(0.3, center), "advantages": tensor(2.0)}
     if draw(st.booleans()):
         stored |= {"returns": tensor(), "old_values": tensor()}
     if config.kl is not None:
-        stored["ref_log_prob"] = tensor(0.5)
+        stored["ref_log_prob"] = tensor(0.5, center)
     if config.rollout_correction is not None:
-        stored["rollout_log_prob"] = tensor(0.4)
+        stored["rollout_log_prob"] = tensor(0.4, center)
     if draw(st.booleans()):
         stored["mask"] = (torch.rand(shape, generator=generator) < 0.7).to(
             draw(st.sampled_from([torch.bool, torch.uint8, torch.float32]))

@@ -9,12 +9,23 @@ import pickle
 
 import pytest
 import torch
+from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ppo_fast as pf
 from ppo_fast import _C
-from ppo_fast.config import CHOICES, NUMBERS, PRESETS, REDUCTIONS, STATS
+from ppo_fast.config import (
+    CHOICES,
+    NUMBERS,
+    POLICIES,
+    PRESETS,
+    REDUCTIONS,
+    SEQUENCE_NUMBERS,
+    SEQUENCE_POLICIES,
+    STATS,
+    TOKEN_POLICIES,
+)  # fmt: skip
 
 OPTIONAL = {"dual_clip", "ratio_cap", "log_ratio_clamp", "value_clip", "kl_clamp", "kl_value_clamp"}
 FIELDS = {f.name for f in dataclasses.fields(pf.LossConfig)}
@@ -36,6 +47,12 @@ FIELDS = {f.name for f in dataclasses.fields(pf.LossConfig)}
         ({"kl_clamp": -1.0}, r"LossConfig: kl_clamp must be >= 0, got -1.0"),
         ({"dual_clip": 1.0}, r"LossConfig: dual_clip must be > 1, got 1.0"),
         ({"huber_delta": 0.0}, r"LossConfig: huber_delta must be > 0, got 0.0"),
+        ({"sapo_tau_positive": 0.0}, r"LossConfig: sapo_tau_positive must be > 0, got 0.0"),
+        ({"dro_beta": -1.0}, r"LossConfig: dro_beta must be >= 0, got -1.0"),
+        ({"cov_ratio": math.nan}, r"LossConfig: cov_ratio must be finite, got nan"),
+        ({"kl_gradient": "k3"}, r"LossConfig: kl_gradient must be one of \(None, 'k2'\), got 'k3'"),
+        ({"kl_weight": "r"}, r"LossConfig: kl_weight must be one of \(None, 'ratio', 'score'\), got 'r'"),
+        ({"kl_weight": "ratio", "kl_gradient": "k2"}, "LossConfig: kl_gradient and kl_weight must not both be given"),
         ({"rollout_low": 3.0}, r"LossConfig: rollout_low must be <= rollout_high, got 3.0 > 2.0"),
     ],
 )
@@ -91,8 +108,23 @@ def test_copies(again):
 
 
 def test_every_field_travels():
-    assert set(NUMBERS) | set(CHOICES) | {"policy", "reduction"} == FIELDS
-    assert not set(NUMBERS) & set(CHOICES)
+    assert set(NUMBERS) | set(CHOICES) | set(SEQUENCE_NUMBERS) | {"reduction"} == FIELDS
+    assert len(NUMBERS) + len(CHOICES) + len(SEQUENCE_NUMBERS) + 1 == len(FIELDS)
+
+
+def test_a_sequence_policy_travels_as_the_token_policy_made_of_it():
+    assert set(SEQUENCE_POLICIES.values()) <= set(TOKEN_POLICIES) and set(POLICIES) == {
+        *TOKEN_POLICIES,
+        *SEQUENCE_POLICIES,
+    }
+    for policy, token in SEQUENCE_POLICIES.items():
+        config = pf.LossConfig(policy=policy, kl="k3", kl_coef=0.1, normalize_advantages=True, clip_low=0.3)
+        main, kl = config.forms
+        assert pf.LossConfig.unpacked(config.numbers(), config.choices()).policy == token
+        assert (main.policy, main.kl, main.normalize_advantages, main.clip_low) == (token, None, False, 0.3)
+        assert (kl.policy, kl.kl, kl.kl_coef) == ("reinforce", "k3", 0.1)
+        assert copy.deepcopy(config) == config and pickle.loads(pickle.dumps(config)).forms == config.forms
+    assert pf.LossConfig().forms == ()
 
 
 numbers = st.floats(1.5, 100.0, width=32)
@@ -100,6 +132,7 @@ configs = st.fixed_dictionaries(
     {
         **{name: st.none() | numbers if name in OPTIONAL else numbers for name in NUMBERS if "rollout" not in name},
         **{name: st.sampled_from(allowed) for name, allowed in CHOICES.items()},
+        "kl_weight": st.none(),
     }
 ).map(lambda fields: pf.LossConfig(**fields))
 
@@ -133,14 +166,17 @@ def test_both_halves_count_the_same_fields():
 
 
 def _call(config, double=True):
-    """Every input that any config may ask for, with values that every branch treats differently."""
+    """Every input that any config may ask for, with values that every branch treats differently: loss, statistics,
+    gradient of the log-probs."""
     torch.manual_seed(1)
     dtype = torch.float64 if double else torch.float32
     log_prob, old, advantages, values, old_values, returns, ref, rollout = torch.randn(8, 5, 7, dtype=dtype)
-    return pf.ppo_loss(
+    log_prob.requires_grad_()
+    out = pf.ppo_loss(
         log_prob, old, advantages * 3, config, values=values, old_values=old_values, returns=returns * 2,
         entropy=old.abs(), ref_log_prob=ref * 2, rollout_log_prob=rollout,
     )  # fmt: skip
+    return [out.loss.detach(), out.stats.vector, *torch.autograd.grad(out.loss, log_prob)]
 
 
 BASE = {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.1, "rollout_correction": "icepop", "value_loss": "huber",
@@ -150,19 +186,21 @@ CHANGED = {"clip_low": 0.5, "clip_high": 0.9, "dual_clip": 1.1, "ratio_cap": 1.5
            "huber_delta": 0.2, "value_clip": 0.05, "value_coef": 0.7, "entropy_coef": 0.2, "kl_coef": 0.4,
            "kl_clamp": 0.5, "kl_value_clamp": 0.1, "advantage_eps": 0.3, "rollout_low": 1.0, "rollout_high": 1.2,
            "value_loss": "mse", "value_half": False, "value_clip_mode": "replace", "kl": "k2",
-           "normalize_advantages": False, "advantage_ddof": 0, "rollout_correction": "tis"}  # fmt: skip
+           "normalize_advantages": False, "advantage_ddof": 0, "rollout_correction": "tis", "policy": "cispo",
+           "kl_gradient": "k2", "kl_weight": "ratio", "sapo_tau_positive": 0.3, "sapo_tau_negative": 2.0,
+           "dro_beta": 0.2}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *CHOICES])
 def test_every_field_arrives_where_it_belongs(name):
     """Changing one field changes the kernel's loss, and to what the reference says: a swap in the order would show."""
-    before, after = pf.LossConfig(**BASE), pf.LossConfig(**{**BASE, name: CHANGED[name]})
+    base = {**BASE, "policy": {"sapo": "sapo", "dro_": "dro"}.get(name[:4], "ppo")}
+    before, after = pf.LossConfig(**base), pf.LossConfig(**{**base, name: CHANGED[name]})
     out = _call(after)
-    assert out.loss != _call(before).loss
+    assert not same_bits(out, _call(before))
     with pf.use_backend("reference"):
         truth = _call(after)
-    torch.testing.assert_close(out.loss, truth.loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(out.stats.vector, truth.stats.vector, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12)
 
 
 # --- presets ----------------------------------------------------------------------------------------------------------
@@ -189,7 +227,7 @@ def test_preset_errors():
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_run(name):
-    assert _call(pf.LossConfig.preset(name), double=False).loss.isfinite()
+    assert _call(pf.LossConfig.preset(name), double=False)[0].isfinite()
 
 
 def _control(new, old, adv, v, v_old, ret, h, *, clip, value, entropy_coef, value_coef):

@@ -21,7 +21,7 @@ import torch
 from conftest import as_double, assert_as_good, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DTYPES, bits, compare, replace, streams
+from loss_cases import CENTER, DTYPES, bits, compare, log_probs, replace, streams
 
 import ppo_fast as pf
 from ppo_fast import _C, _workspace, reference
@@ -67,8 +67,8 @@ def by_triton(op):
        seed=st.integers(0, 2**31))  # fmt: skip
 def test_ppo_loss_matches_float64(data, shape, dtype, seed):
     g = torch.Generator().manual_seed(seed)
-    s = data.draw(streams(shape, g, dtype))
-    inputs = {"log_prob": (torch.randn(shape, generator=g) * 0.3).to(dtype)}
+    s = data.draw(streams(shape, g, dtype, CENTER))
+    inputs = {"log_prob": log_probs(shape, g, dtype)}
     if data.draw(st.booleans()):
         inputs["entropy"] = torch.rand(shape, generator=g).to(dtype)
     if "returns" in s.stored:

@@ -10,7 +10,7 @@ inline LossParams loss_params(const py::tuple& numbers, const py::tuple& choices
   double* number = &p.clip_low;
   const size_t n_numbers = (reinterpret_cast<char*>(&p.value_loss) - reinterpret_cast<char*>(&p)) / sizeof(double);
   int32_t* choice = &p.value_loss;
-  const size_t n_choices = &p.advantage_ddof - choice + 2;
+  const size_t n_choices = &p.kl_weight - choice + 1;
   if (numbers.size() != n_numbers || choices.size() != n_choices) {
     throw py::value_error("LossParams: the package's Python and C++ halves differ; reinstall it");
   }

@@ -51,6 +51,7 @@ struct TokenSums {
 template <class T>
 struct LossSetup {
   LossNumbers<T> numbers;
+  PolicyNumbers<T> other;
   LossScale<T> scale;
   T value_factor, entropy_factor, kl_factor;  // coefficient times 1/denominator
   double value_coef, entropy_coef, kl_coef;
@@ -82,7 +83,7 @@ PF_DEV LossSetup<T> set_up(const LossArgs& a, bool has_entropy, const CountedSum
   __syncthreads();
   const LossParams p = current(a.params);
   LossSetup<T> s;
-  s.numbers = LossNumbers<T>(p);
+  s.numbers = LossNumbers<T>(p), s.other = PolicyNumbers<T>(p);
   s.scale = scale_of<T>(all, a.denominator, a.sum, p.normalize_advantages, p.advantage_ddof, p.advantage_eps);
   s.value_factor = static_cast<T>(p.value_half ? p.value_coef : 2 * p.value_coef) * s.scale.weight;
   s.entropy_factor = -(static_cast<T>(p.entropy_coef) * s.scale.weight);
@@ -103,8 +104,8 @@ struct TokenGradients {
   T log_prob, value, entropy;
 };
 
-// A valid token's gradients; adds to the sums.
-template <class T>
+// A valid token's gradients; adds to the sums. kUsual: PPO's policy and a KL without weight, for a kernel of their own.
+template <bool kUsual = false, class T>
 PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup, TokenSums<T>& sums) {
   const LossNumbers<T>& c = setup.numbers;
   const T weight = setup.has_weights ? x.weight : T(1);
@@ -121,7 +122,9 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   sums.ratio_min = smaller_or_second(ratio, sums.ratio_min), sums.ratio_max = larger_or_second(ratio, sums.ratio_max);
 
   const T advantage = setup.scale.normalize ? (x.advantage - setup.scale.shift) * setup.scale.inverse : x.advantage;
-  auto s = surrogate(ratio, advantage, c);
+  auto s = kUsual || setup.other.policy == kPpo
+               ? surrogate(ratio, advantage, c)
+               : policy_term(PolicyToken<T>{x.log_prob, x.old_log_prob, d, ratio, advantage}, c, setup.other);
   if (c.rollout_correction != kNoCorrection) {
     const T rho = exp_of(x.old_log_prob - x.rollout_log_prob);
     const T factor = c.rollout_correction == kTis ? min_of(rho, c.rollout_high)
@@ -131,7 +134,8 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   sums.policy += setup.has_weights ? s.loss * weight : s.loss;
   sums.low += s.low ? 1 : 0, sums.high += s.high ? 1 : 0, sums.dual += s.dual_clipped ? 1 : 0;
   TokenGradients<T> grad{s.grad * (weight * setup.scale.weight), T(0), T(0)};
-  if (c.has_log_ratio_clamp && (raw < -c.log_ratio_clamp || raw > c.log_ratio_clamp)) grad.log_prob = T(0);
+  const bool clamped = c.has_log_ratio_clamp && (raw < -c.log_ratio_clamp || raw > c.log_ratio_clamp);
+  if (clamped && (kUsual || through_ratio(setup.other.policy))) grad.log_prob = T(0);
 
   if (setup.has_values) {
     const auto term = value_term(x.value, setup.has_old_values ? x.old_value : x.value, x.target, c);
@@ -151,7 +155,7 @@ PF_DEV TokenGradients<T> token_loss(const Token<T>& x, const LossSetup<T>& setup
   }
   if (c.kl != kNoKl) {
     T k, slope;
-    kl_term(x.ref_log_prob - x.log_prob, c, k, slope);
+    kl_term<!kUsual>(x.ref_log_prob - x.log_prob, ratio, !clamped, c, k, slope);
     sums.kl += setup.has_weights ? k * weight : k;
     if (setup.kl_gradient) grad.log_prob += slope * (weight * setup.kl_factor);
   }
@@ -263,6 +267,10 @@ inline bool has_simple_streams(const LossArgs& a) {
     if (!is_plain(*s, DType::f32, 4)) return false;
   }
   return is_plain(a.mask, DType::boolean, 1) || is_plain(a.mask, DType::u8, 1);
+}
+
+inline bool is_usual(const LossParams& p) {
+  return p.policy == kPpo && p.kl_weight == kNoKlWeight && p.kl_gradient == kOwnGradient;
 }
 
 inline bool all_plain(const LossArgs& a) {

@@ -6,8 +6,8 @@ namespace pf {
 namespace PF_ISA {
 namespace {
 
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kThreads)
+template <class T, bool kPlain, bool kUsual>
+__global__ void __launch_bounds__(kThreads, kUsual || sizeof(T) == 4 ? 2 : 1)
     ppo_loss_kernel(const __grid_constant__ PpoLossArgs args, const CountedSums* counted, int n_counted,
                     LossSums* partials, unsigned* ticket) {
   constexpr int N = kShare<kPlain>;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads)
       d_log_prob[k] = d_value[k] = d_entropy[k] = T(0);
       if (!on[k]) continue;
       x[k].log_prob = log_prob[k];
-      const TokenGradients<T> grad = token_loss(x[k], setup, sums);
+      const TokenGradients<T> grad = token_loss<kUsual>(x[k], setup, sums);
       d_log_prob[k] = grad.log_prob, d_value[k] = grad.value, d_entropy[k] = grad.entropy;
     }
     if (args.grad_log_prob.data) write<kPlain>(args.grad_log_prob, i, a.n, d_log_prob);
@@ -48,14 +48,17 @@ cudaError_t ppo_loss(const PpoLossArgs& args, Launch& launch) {
     if (const cudaError_t e = queue_counts<T>(a, launch, counted, n_counted); e != cudaSuccess) return e;
     auto* partials = launch.allocate<LossSums>(kMostBlocks);
     unsigned* ticket = launch.ticket(launch.context);
+    const auto queue = [&](auto plain, auto usual) {
+      return start(&ppo_loss_kernel<T, plain(), usual()>, blocks_for<plain()>(a.n), kThreads, launch.stream, args,
+                   counted, n_counted, partials, ticket);
+    };
+    const bool usual = is_usual(a.params);
     if constexpr (sizeof(T) == 4) {
       if (all_plain(a) && is_plain(args.log_prob, DType::f32, 16) && is_plain(args.grad_log_prob, DType::f32, 16)) {
-        return start(&ppo_loss_kernel<T, true>, blocks_for<true>(a.n), kThreads, launch.stream, args, counted,
-                     n_counted, partials, ticket);
+        return usual ? queue(std::true_type{}, std::true_type{}) : queue(std::true_type{}, std::false_type{});
       }
     }
-    return start(&ppo_loss_kernel<T, false>, blocks_for<false>(a.n), kThreads, launch.stream, args, counted, n_counted,
-                 partials, ticket);
+    return usual ? queue(std::false_type{}, std::true_type{}) : queue(std::false_type{}, std::false_type{});
   });
 }
 

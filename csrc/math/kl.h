@@ -7,9 +7,11 @@
 namespace pf {
 namespace PF_ISA {
 
-template <class V, class T>
-PF_FN void kl_term(V u, const LossNumbers<T>& c, V& k, V& grad) {
-  const V zero(T(0)), one(T(1));
+// `ratio` and `moves`, whether it has a derivative, are read for a KL weighted by the ratio. !kWeighted: there is
+// neither a weight nor another estimate's gradient.
+template <bool kWeighted = true, class V, class M, class T>
+PF_FN void kl_term(V u, const V& ratio, const M& moves, const LossNumbers<T>& c, V& k, V& grad) {
+  const V zero(T(0)), one(T(1)), unclamped = u;
   auto alive = u == u;
   alive = alive | !alive;
   if (c.has_kl_clamp) {
@@ -27,12 +29,19 @@ PF_FN void kl_term(V u, const LossNumbers<T>& c, V& k, V& grad) {
     const auto e = exponential(u);
     k = e.beyond_linear, grad = one - e.value;
   }
+  if (kWeighted && c.kl_weight == kKlRatio) {
+    grad = ratio * select(moves, grad + k, grad);
+    k = ratio * k;
+  } else if (kWeighted && c.kl_weight == kKlScore) {
+    grad = grad + k;
+  }
   if (c.has_kl_value_clamp) {
     const V bound(c.kl_value_clamp);
     alive = alive & !((k < -bound) | (k > bound));
     k = clamp_of(k, -bound, bound);
   }
   grad = select(alive, grad, zero);
+  if (kWeighted && c.kl_gradient == kGradientOfK2) grad = -unclamped;
 }
 
 }  // namespace PF_ISA

@@ -8,6 +8,8 @@ from .. import reference
 from ..config import LossConfig
 from ..outputs import PPOLoss
 from . import _loss
+from .categorical_log_prob import categorical_log_prob
+from .ppo_loss import ppo_loss
 
 
 def categorical_ppo_loss(
@@ -54,6 +56,15 @@ def categorical_ppo_loss(
     Cost: reads the logits from memory once and writes their gradient once: 8·A bytes a row in float32, and what
     `ppo_loss` reads.
     """
+    if isinstance(config, LossConfig) and config.forms:
+        if index is not None:
+            _loss.taken("categorical_ppo_loss", old_log_prob, index)  # its checks
+        return reference.categorical_ppo_loss(
+            logits, actions, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
+            ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, cu_seqlens=cu_seqlens,
+            weights=weights, denominator=denominator, index=index, action_mask=action_mask,
+            parts=(categorical_log_prob, ppo_loss),
+        )  # fmt: skip
     shape = logits.shape[:-1] if isinstance(logits, Tensor) else None  # not a tensor: the checks say so
     stored = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
     extra = (actions, action_mask, index)

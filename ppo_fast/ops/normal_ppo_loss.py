@@ -8,6 +8,8 @@ from .. import reference
 from ..config import LossConfig
 from ..outputs import PPOLoss
 from . import _loss
+from .normal_log_prob import normal_log_prob
+from .ppo_loss import ppo_loss
 
 
 def normal_ppo_loss(
@@ -58,6 +60,14 @@ def normal_ppo_loss(
     Cost: reads mean and actions from memory once, writes the gradient of the mean once: 12·D bytes a row in float32 with a
     shared log_std, and what `ppo_loss` reads.
     """
+    if isinstance(config, LossConfig) and config.forms:
+        if index is not None:
+            _loss.taken("normal_ppo_loss", old_log_prob, index)  # its checks
+        return reference.normal_ppo_loss(
+            mean, log_std, actions, old_log_prob, advantages, config, values=values, old_values=old_values, returns=returns,
+            ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask, cu_seqlens=cu_seqlens,
+            weights=weights, denominator=denominator, index=index, squash=squash, parts=(normal_log_prob, ppo_loss),
+        )  # fmt: skip
     shape = mean.shape[:-1] if isinstance(mean, Tensor) else None  # not a tensor: the checks say so
     if shape is not None and isinstance(log_std, Tensor) and log_std.shape not in (mean.shape, mean.shape[-1:]):
         try:

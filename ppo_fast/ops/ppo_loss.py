@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import reference
 from ..config import LossConfig
 from ..outputs import PPOLoss
+from ..sequences import sequence_loss
 from . import _loss
 
 
@@ -32,7 +33,8 @@ def ppo_loss(
     Formula (Schulman et al. 2017, arXiv 1707.06347; every switch: `LossConfig`)::
 
         loss = Σ_t w_t·(policy_t + value_coef·value_t - entropy_coef·entropy_t + kl_coef·kl_t)
-        policy_t = max(-A·r, -A·clip(r, 1 - clip_low, 1 + clip_high)),  r = exp(log_prob - old_log_prob)
+        policy_t = max(-A·r, -A·clip(r, 1 - clip_low, 1 + clip_high)),  r = exp(log_prob - old_log_prob),
+                   or another of `LossConfig.policy`
 
     Args:
         log_prob: log-probabilities of the taken actions or tokens, nats; any shape [...], any strides. Gradient.
@@ -43,8 +45,8 @@ def ppo_loss(
         ref_log_prob: of the reference policy, for `config.kl`.
         rollout_log_prob: of the engine that sampled, for `config.rollout_correction`.
         mask: bool, integer or floating, [...]; elements that are 0 are not read and reach nothing.
-        cu_seqlens: [S + 1], borders of the sequences in packed 1-D inputs, for the "seq-mean-..." reductions; without
-            it sequences are the rows of [B, T].
+        cu_seqlens: [S + 1], borders of the sequences in packed 1-D inputs, for the "seq-mean-..." reductions and the
+            policies of sequences; without it sequences are the rows of [B, T].
         weights: [...], per-token weights w_t instead of a reduction.
         denominator: number or 0-dim tensor that replaces the count a reduction divides by (micro-batches, ranks).
 
@@ -59,6 +61,12 @@ def ppo_loss(
     Cost: reads each input once and writes each gradient once; advantages or mask once more where the loss needs their
     mean or count first. float32 with values, entropy and all gradients: 7 reads + 3 writes = 40 bytes an element.
     """
+    if isinstance(config, LossConfig) and config.forms:
+        return sequence_loss(
+            "ppo_loss", ppo_loss, log_prob, old_log_prob, advantages, config, values=values, old_values=old_values,
+            returns=returns, entropy=entropy, ref_log_prob=ref_log_prob, rollout_log_prob=rollout_log_prob, mask=mask,
+            cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
+        )  # fmt: skip
     stored = (old_log_prob, advantages, old_values, returns, ref_log_prob, rollout_log_prob, mask, weights)
     shape = getattr(log_prob, "shape", None)  # not a tensor: the checks say so
     return _op((log_prob, values, entropy), (), config, shape, stored, cu_seqlens, denominator)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from conftest import as_double, assert_as_good
 from log_prob_laws import assert_parity
-from loss_cases import Streams, compare
+from loss_cases import Streams, compare, replace
 from torch import Tensor
 
 import ppo_fast as pf
 from ppo_fast import reference
+from ppo_fast.config import POLICIES
 
 SCANS = ("gae", "vtrace", "discounted_returns")
 LOG_PROBS = ("categorical_log_prob", "multi_categorical_log_prob", "bernoulli_log_prob", "normal_log_prob",
@@ -319,6 +320,14 @@ def _losses(r: _Numbers) -> Iterator[Call]:
     yield call((70_001,), pf.LossConfig(value_clip=0.2, entropy_coef=0.01))  # plain streams: the fast path, many blocks
     yield call((257,), FULL, torch.float64)
     yield call((33,), SEQUENCES, torch.bfloat16, cu_seqlens=torch.tensor([0, 10, 10, 33]))
+    for policy in POLICIES[1:]:
+        config = replace(FULL, policy=policy, reduction="seq-mean-token-mean", kl_weight="ratio", cov_ratio=0.1)
+        policies = call((5, 41), config, mask=r.flags(5, 41, p=0.8))
+        for name in ("log_prob", "old_log_prob", "ref_log_prob", "rollout_log_prob"):  # DPPO reads probabilities
+            where = policies.inputs if name == "log_prob" else policies.rest
+            where[name] = where[name] - 1.2
+        if policy != "clip_cov":  # draws tokens at random
+            yield policies
     bare = call((97,), BARE, weights=r.uniform(97), denominator=37.5)
     yield Call("ppo_loss", {"log_prob": unaligned(bare.inputs["log_prob"])},
                {k: v for k, v in bare.rest.items() if k not in ("old_values", "returns")})  # fmt: skip
