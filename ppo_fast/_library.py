@@ -36,3 +36,11 @@ def define(
 def placeholder(like: Tensor) -> Tensor:
     """Stands for an absent gradient among an op's outputs."""
     return like.new_empty(0)
+
+
+def autograd_again():
+    """For a registered kernel that differentiates something itself: the dispatcher has left autograd out by then."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA, torch._C.DispatchKey.AutogradXPU):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)

@@ -192,10 +192,13 @@ class LossConfig:
         # torch.compile guards on a tensor's type, not on what it holds: an annealed coefficient recompiles nothing.
         vector = torch.tensor(self.numbers(), dtype=torch.float64, device="cpu")
         self.__dict__["_vector"] = vector
+        of_sequences = [getattr(self, name) for name in SEQUENCE_NUMBERS]
+        self.__dict__["_sequence_vector"] = torch.tensor(of_sequences, dtype=torch.float64, device="cpu")
         if self.policy in SEQUENCE_POLICIES:
-            shared = {"normalize_advantages": False}
-            policy = dataclasses.replace(self, policy=SEQUENCE_POLICIES[self.policy], kl=None, **shared)
-            kl = dataclasses.replace(self, policy="reinforce", rollout_correction=None, **shared)
+            given = dataclasses.replace(self, policy="reinforce", normalize_advantages=False)
+            made_of: Any = SEQUENCE_POLICIES[self.policy]
+            policy = dataclasses.replace(given, policy=made_of, kl=None)
+            kl = dataclasses.replace(given, rollout_correction=None)
             self.__dict__["_forms"] = policy, kl
 
     @property
@@ -214,6 +217,11 @@ class LossConfig:
     def numbers_vector(self) -> torch.Tensor:
         """`numbers()` as a float64 tensor on the CPU, for registered ops."""
         return self.__dict__["_vector"]
+
+    @property
+    def sequence_numbers_vector(self) -> torch.Tensor:
+        """`SEQUENCE_NUMBERS` likewise."""
+        return self.__dict__["_sequence_vector"]
 
     @property
     def device_numbers(self) -> torch.Tensor | None:

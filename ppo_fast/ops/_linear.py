@@ -103,6 +103,17 @@ class Head:
                 yield slice(begin, end)
                 begin = end
 
+    def chunks(self, backend: Any, ends: list[int] | None) -> Iterator[tuple[slice, slice | Tensor, Chunk]]:
+        """(tokens, those of them that are read, their chunk), one after another in the same memory: a third of what may be,
+        as chunks only have to be large enough for the products. `ends`: see `blocks`."""
+        buffer = None
+        for rows in self.blocks(self.chunk_rows(1 / 3), ends):
+            length = rows.stop - rows.start
+            if buffer is None or len(buffer) < length:
+                buffer = torch.empty((length, self.vocabulary), dtype=self.dtype, device=self.hidden.device)
+            live = self.live(rows)
+            yield rows, live, self.forward(backend, live, buffer, True)
+
     def chunk_rows(self, share: float) -> int:
         return max(1, min(self.n, int(self.memory * share) // self.row_bytes))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _backend, _library, reference
 from .._autograd import attach
-from ..config import STATS, LossConfig
+from ..config import SEQUENCE_NUMBERS, SEQUENCE_POLICIES, STATS, LossConfig
 from ..outputs import PPOLoss, Stats
 from ..reductions import token_weights
 from . import _linear, _loss
@@ -19,8 +19,8 @@ from .ppo_loss import ppo_loss
 from .whiten import whiten
 
 _OP = "linear_ppo_loss"
-#: Policies of which a token's gradient needs its whole sequence.
-SEQUENCE_LEVEL = ("gspo", "gspo_token", "gmpo", "vespo")
+#: Policies that look at the whole batch before any token has a gradient.
+OF_THE_BATCH = ("clip_cov", "kl_cov")
 
 
 def linear_ppo_loss(
@@ -61,9 +61,10 @@ def linear_ppo_loss(
         PPOLoss(loss, stats), the same numbers as `ppo_loss` of the log-probs.
 
     A token's gradient needs its own log-prob, its weight and, for policies over sequences, those of its sequence: a chunk is
-    made of whole sequences then. So it is known while the chunk's logits are alive, and is written over them.
-    Tokens whose gradient is exactly 0 (masked, clipped on the bad side, A = 0) leave both products of the backward on a CPU,
-    where to find them costs no wait; an entropy or KL term gives every valid token one.
+    made of whole sequences then. So it is known while the chunk's logits are alive, and is written over them. ("clip_cov"
+    and "kl_cov" need the whole batch: their logits are computed twice.) Tokens whose gradient is exactly 0 (masked, clipped on
+    the bad side, A = 0) leave both products of the backward on a CPU, where to find them costs no wait; an entropy or KL term
+    gives every valid token one.
 
     Gradient: dW is summed in float32 at least. All are made in the forward for a grad_output of 1 and scaled by it in the
     backward, on the device. A second backward over a retained graph computes them again; double backward goes through the
@@ -91,7 +92,8 @@ def linear_ppo_loss(
             denominator = torch.full((), denominator, dtype=torch.float64, device=targets.device)
         loss, stats, *_ = _op(
             hidden, weight, bias, values, targets, *rollout, cu_seqlens, denominator, rows, number, softcap,
-            logits_memory, config.policy, config.reduction, config.numbers_vector, *config.choices(),
+            logits_memory, config.policy, config.reduction, config.sequence_numbers_vector,
+            config.numbers_vector, *config.choices(),
         )  # fmt: skip
         return PPOLoss(loss, Stats(stats))
     backend = None if compiling else _linear.pick(_OP, hidden, weight, targets, bias, values)
@@ -134,15 +136,19 @@ class _Call:
         log_prob = torch.zeros(head.n, dtype=dtype, device=hidden.device)
         entropy = torch.zeros_like(log_prob)
         grads = _linear.Gradients(head, tuple(self.needed[:3]))
-        with_head_gradient = any(self.needed[:3])
-        of_chunk = _ChunkLoss(self, streams, log_prob) if with_head_gradient else None
-        sequences = self._sequence_ends(head.n) if with_head_gradient and self.config.policy in SEQUENCE_LEVEL else None
-        buffer = None
-        for rows in head.blocks(head.chunk_rows(1 / 3), sequences):
-            live = head.live(rows)
-            if buffer is None or len(buffer) < rows.stop - rows.start:
-                buffer = torch.empty((rows.stop - rows.start, head.vocabulary), dtype=head.dtype, device=hidden.device)
-            chunk = head.forward(self.backend, live, buffer, True)
+        policy, with_gradient = self.config.policy, any(self.needed[:3])
+        by_sequence = with_gradient and policy in SEQUENCE_POLICIES and policy not in OF_THE_BATCH
+        ends = self._sequence_ends(head.n) if by_sequence else None
+        of_chunk: Any = None
+        found = None
+        if with_gradient and policy in OF_THE_BATCH:  # every log-prob first, and then the logits once more
+            for _, live, chunk in head.chunks(self.backend, ends):
+                log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy  # type: ignore[assignment]
+            found = self._loss_of_all(head, log_prob, entropy, values, streams, True)
+            of_chunk = lambda rows, *_: [None if g is None else g.reshape(-1)[rows] for g in found[1]]  # noqa: E731
+        elif with_gradient:
+            of_chunk = _ChunkLoss(self, streams, log_prob)
+        for rows, live, chunk in head.chunks(self.backend, ends):
             log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy  # type: ignore[assignment]
             if of_chunk is not None:
                 d_log_prob, d_entropy = of_chunk(rows, log_prob[rows], entropy[rows])
@@ -150,16 +156,26 @@ class _Call:
                     d_log_prob = d_log_prob[live - rows.start]
                     d_entropy = None if d_entropy is None else d_entropy[live - rows.start]
                 head.backward(self.backend, chunk, d_log_prob, d_entropy, grads)
-
-        with torch.enable_grad():
-            if self.needed[3]:
-                values.requires_grad_()
-            out = ppo_loss(
-                log_prob.view(head.lead), config=self.config, values=values, entropy=entropy.view(head.lead),
-                cu_seqlens=self.cu_seqlens, denominator=self.denominator, **streams,
-            )  # fmt: skip
-            d_values = torch.autograd.grad(out.loss, values)[0] if self.needed[3] else None
+        if found is None:
+            found = self._loss_of_all(head, log_prob, entropy, values, streams, False)
+        out, _, d_values = found
         return out._replace(loss=out.loss.detach()), [*grads.results(head, hidden.shape), d_values]
+
+    @torch.enable_grad()
+    def _loss_of_all(self, head, log_prob, entropy, values, streams, with_tokens: bool):
+        """(ppo_loss of all tokens, its gradients of log_prob and entropy where wanted, that of values)."""
+        log_prob, entropy = log_prob.view(head.lead).detach(), entropy.view(head.lead).detach()
+        leaves = {"values": values.requires_grad_()} if self.needed[3] else {}
+        if with_tokens:
+            leaves["log_prob"] = log_prob.requires_grad_()
+            if self.config.entropy_coef != 0:
+                leaves["entropy"] = entropy.requires_grad_()
+        out = ppo_loss(
+            log_prob, config=self.config, values=values, entropy=entropy, cu_seqlens=self.cu_seqlens,
+            denominator=self.denominator, **streams,
+        )  # fmt: skip
+        grads = dict(zip(leaves, torch.autograd.grad(out.loss, list(leaves.values())), strict=True)) if leaves else {}
+        return out, (grads.get("log_prob"), grads.get("entropy")), grads.get("values")
 
     def _sequence_ends(self, n: int) -> list[int]:
         if self.cu_seqlens is not None:
@@ -181,8 +197,8 @@ class _Call:
     def specification(self, *inputs: Any) -> Tensor:
         hidden, weight, bias, values = inputs
         return reference.linear_ppo_loss(
-            hidden, weight, self.targets, self.config, self.rollout, bias, self.temperature, self.softcap, values, self.cu_seqlens,
-            self.denominator,
+            hidden, weight, self.targets, self.config, self.rollout, bias, self.temperature, self.softcap, values,
+            self.cu_seqlens, self.denominator,
         ).loss  # fmt: skip
 
 
@@ -205,7 +221,7 @@ class _ChunkLoss:
             )
             config = dataclasses.replace(config, normalize_advantages=False)
         self.config, self.with_entropy = config, config.entropy_coef != 0
-        self.by_sequence = config.policy in SEQUENCE_LEVEL
+        self.by_sequence = config.policy in SEQUENCE_POLICIES
         self.cu_seqlens, self.length = call.cu_seqlens, shape[-1] if shape else 1
         wanted = ("old_log_prob", "advantages", "ref_log_prob", "rollout_log_prob", "mask")
         flat = {name: None if (x := streams[name]) is None else x.reshape(-1) for name in wanted}
@@ -239,9 +255,12 @@ _N_INPUTS, _N_ROLLOUT = 4, len(_loss.ROLLOUT)
 def _kernel(*args):
     inputs, (targets, *rest) = args[:_N_INPUTS], args[_N_INPUTS:]
     rollout, rest = tuple(rest[:_N_ROLLOUT]), rest[_N_ROLLOUT:]
-    cu_seqlens, denominator, rows, temperature, softcap, logits_memory, policy, reduction, numbers, *choices = rest
-    config = LossConfig.unpacked(numbers.tolist(), choices)
-    config = dataclasses.replace(config, policy=policy, reduction=reduction)
+    cu_seqlens, denominator, rows, temperature, softcap, logits_memory, policy, reduction, *rest = rest
+    of_sequences, numbers, *choices = rest
+    config = dataclasses.replace(
+        LossConfig.unpacked(numbers.tolist(), choices), policy=policy, reduction=reduction,
+        **dict(zip(SEQUENCE_NUMBERS, of_sequences.tolist(), strict=True)),
+    )  # fmt: skip
     hidden, weight, bias, values = inputs
     backend = _linear.pick(_OP, hidden, weight, targets, bias, values)
     if backend is None:
@@ -249,7 +268,8 @@ def _kernel(*args):
     needed = [x is not None for x in inputs]
     options = (temperature if rows is None else rows, softcap)
     call = _Call(backend, needed, config, targets, rollout, options, cu_seqlens, denominator, None, logits_memory)
-    out, grads = call.run(inputs)
+    with _library.autograd_again():  # the loss of a chunk is differentiated in here
+        out, grads = call.run(inputs)
     return out.loss, out.stats.vector, *(_library.placeholder(hidden) if g is None else g for g in grads)
 
 
@@ -276,6 +296,6 @@ _op = _library.define(
     _OP,
     f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor? values, Tensor targets, {_STREAMS}, Tensor? cu_seqlens, "
     "Tensor? denominator, Tensor? temperatures, float temperature, float? softcap, int? logits_memory, str policy, "
-    f"str reduction, {_library.CONFIG_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"str reduction, Tensor sequence_numbers, {_library.CONFIG_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _kernel, _fake, _setup_context, _backward,
 )  # fmt: skip
