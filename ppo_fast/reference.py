@@ -213,8 +213,9 @@ def categorical_log_prob(
 ):  # fmt: skip
     """log softmax(logits / temperature)[action] and -Σ p·log p; an action of probability 0 adds 0 to the entropy."""
     z = logits.to(_compute_dtype(logits))
-    actions = actions.long()
-    live = torch.ones_like(actions, dtype=torch.bool) if ignore_index is None else actions != ignore_index
+    labels = actions.long() if actions.ndim == z.ndim else actions.long()[..., None]  # K a row, or one
+    counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    live = counts.any(-1)
     z = torch.where(live[..., None], z, 0.0)
     z = z / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.ndim else temperature)
     if action_mask is not None:
@@ -223,8 +224,9 @@ def categorical_log_prob(
     live = live & possible.any(-1)
     z = torch.where(live[..., None], z, 0.0)
     log_p = z.log_softmax(-1)
-    actions = torch.where(live, actions, 0)
-    log_prob = torch.where(live, log_p.gather(-1, actions[..., None]).squeeze(-1), 0.0)
+    counts = counts & live[..., None]
+    log_prob = torch.where(counts, log_p.gather(-1, torch.where(counts, labels, 0)), 0.0)
+    log_prob = log_prob if actions.ndim == z.ndim else log_prob.squeeze(-1)
     if not entropy:
         return log_prob, None
     log_p = torch.where(possible, log_p, 0.0)

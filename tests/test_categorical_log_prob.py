@@ -332,3 +332,58 @@ def test_functorch_goes_through_the_reference():
     mapped = torch.func.vmap(pf.categorical_log_prob)(z, actions)
     for a, b in zip(mapped, pf.categorical_log_prob(z, actions), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- K labels a row ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [5, 1030])
+@pytest.mark.parametrize("options", ["plain", "ignored", "masked", "temperatures"])
+def test_many_labels(dtype, width, options):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, width, generator=g).to(dtype)
+    labels = torch.randint(width, (3, 7, 4), generator=g)
+    labels[0, 0] = labels[0, 0, 0]  # the same one, K times
+    rest = {}
+    if options == "ignored":
+        labels[torch.rand(labels.shape, generator=g) < 0.4] = -7
+        labels[1] = -7
+        rest["ignore_index"] = -7
+    elif options == "masked":
+        rest["action_mask"] = torch.rand(logits.shape, generator=g) < 0.8
+    elif options == "temperatures":
+        rest["temperature"] = torch.rand(3, 7, generator=g) + 0.5
+    seeds = torch.randn(3, 7, 4, generator=g), torch.randn(3, 7, generator=g)
+
+    def run(op, x, **more):
+        x = x.detach().requires_grad_()
+        out = op(x * 1.0, labels, **rest, **more)
+        (grad,) = torch.autograd.grad(out, x, [s.to(y) for s, y in zip(seeds, out, strict=True)])
+        return [*(y.detach() for y in out), grad]
+
+    truth, eager = run(reference.categorical_log_prob, logits.double()), run(reference.categorical_log_prob, logits)
+    for more in ({}, {"inplace_backward": True}):
+        for i, (a, e, t) in enumerate(zip(run(pf.categorical_log_prob, logits, **more), eager, truth, strict=True)):
+            assert_as_good(a, e, t, f"{more} result {i}", ulps=16.0)
+    one = run(pf.categorical_log_prob, logits)
+    for k in range(4):
+        alone = pf.categorical_log_prob(logits, labels[..., k], **rest)[0]
+        torch.testing.assert_close(one[0][..., k], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_many_labels_twice_differentiated_compiled_and_refused():
+    logits = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[0, 5], [-1, 2]])
+    f = lambda z: pf.categorical_log_prob(z, labels, ignore_index=-1, temperature=0.7)  # noqa: E731
+    torch.autograd.gradcheck(f, logits)
+    torch.autograd.gradgradcheck(f, logits)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits), f(logits))
+    for labels, error, message in (
+        (torch.tensor([[0, 6], [1, 2]]), ValueError, r"actions must be in \[0, 6\), got 6 at 1"),
+        (torch.zeros(2, 2), TypeError, "actions must be an integer type for K labels a row, got float32"),
+        (torch.zeros(3, 2).long(), ValueError, r"actions must be \[...\] or \[..., K\] with \[2, 6\], got \[3, 2\]"),
+    ):
+        with pytest.raises(error, match=message):
+            pf.categorical_log_prob(logits, labels)

@@ -11,6 +11,7 @@ from .. import _backend, _library, _memory, reference
 from . import _checks
 
 _OP = "categorical_log_prob"
+IGNORED = -100  # among K labels a row, those that are left out
 
 
 def categorical_log_prob(
@@ -31,7 +32,9 @@ def categorical_log_prob(
 
     Args:
         logits: [..., A], float32, float64, bfloat16 or float16, any strides (`logits[:, :-1]` is not copied). Gradient.
-        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A.
+        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A. Or [..., K], integer: K labels
+            a row (teacher's top tokens, candidates), whose log-probs come back as [..., K]; they are looked up after the
+            one pass, and ignore_index leaves out single ones. (On a GPU one out of range gives 0, and nobody says so.)
         temperature: > 0, a number or a floating tensor [...] (one per row) or []; no gradient. Divides in the compute
             dtype, once, and shapes the entropy too.
         action_mask: [..., A], bool, integer or floating; where 0 the action has probability 0 and gets no gradient, and
@@ -43,7 +46,7 @@ def categorical_log_prob(
             logits for a backward that comes later gets torch's own error. Without effect under torch.compile.
 
     Returns:
-        (log_prob, entropy): [...], nats, float32 (float64 for float64 logits).
+        (log_prob, entropy): [...] ([..., K] and [...] for K labels), nats, float32 (float64 for float64 logits).
 
     Special rows: a logit of -inf is an action of probability 0; a row without any possible action gives 0, 0 and
     gradient 0; NaN or +inf in a logit that is not masked makes the row NaN.
@@ -57,9 +60,14 @@ def categorical_log_prob(
     Cost: forward reads the logits once; backward reads them once and writes the gradient once; 4 numbers a row are kept.
     A row's result has the same bits whatever else is in the batch, on any number of threads.
     """
-    temperature, rows = _temperature(temperature, logits, actions)
+    many = isinstance(logits, Tensor) and isinstance(actions, Tensor) and logits.ndim == actions.ndim > 0
+    temperature, rows = _temperature(
+        temperature, logits, actions.select(-1, 0) if many and actions.shape[-1] else actions
+    )
     _checks.constants(_OP, ("actions", "temperature", "action_mask"), (actions, rows, action_mask))
     options = (action_mask, rows, temperature, ignore_index)
+    if many:
+        return _of_many(logits, actions, *options, entropy, inplace_backward)
     if torch.compiler.is_compiling():
         if not _backend.compiles_kernel(logits):
             return _reference(logits, actions, *options, entropy)
@@ -75,6 +83,37 @@ def categorical_log_prob(
     if inplace_backward:
         _check_inplace(backend, logits)
     return _Function.apply(backend, logits, actions, *options, entropy, inplace_backward)
+
+
+def _of_many(logits, labels, action_mask, rows, temperature, ignore_index, entropy, inplace):
+    """Of K labels a row. While compiling, the reference."""
+    if labels.shape[:-1] != logits.shape[:-1] or labels.shape[-1] == 0:
+        raise ValueError(
+            f"{_OP}: actions must be [...] or [..., K] with {list(logits.shape)}, got {list(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"{_OP}: actions must be an integer type for K labels a row, got {str(labels.dtype)[6:]}")
+    labels = labels.long()
+    compiling = torch.compiler.is_compiling()
+    backend = None if compiling else _checks.pick(_OP, logits, labels, action_mask, rows)
+    if not compiling:
+        _check(logits, labels[..., 0], action_mask, rows)
+    wrong = (labels < 0) | (labels >= logits.shape[-1])
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if not compiling and labels.is_cpu and bool(wrong.any()):
+        at = int(wrong.flatten().nonzero()[0])
+        got = int(labels.flatten()[at])
+        raise ValueError(f"{_OP}: actions must be in [0, {logits.shape[-1]}), got {got} at {at}")
+    left_out = wrong if ignore_index is None else wrong | (labels == ignore_index)
+    labels = labels.masked_fill(left_out, IGNORED)
+    if backend is None:
+        return _reference(logits, labels, action_mask, rows, temperature, IGNORED, entropy)
+    if inplace:
+        _check_inplace(backend, logits)
+    from ._many_labels import look_up  # which builds on this module
+
+    return look_up(backend, logits, labels, action_mask, rows, temperature, entropy, inplace)
 
 
 def _temperature(temperature: float | Tensor, logits: Tensor, actions: Tensor) -> tuple[float, Tensor | None]:
