@@ -195,10 +195,9 @@ class LossConfig:
         of_sequences = [getattr(self, name) for name in SEQUENCE_NUMBERS]
         self.__dict__["_sequence_vector"] = torch.tensor(of_sequences, dtype=torch.float64, device="cpu")
         if self.policy in SEQUENCE_POLICIES:
-            given = dataclasses.replace(self, policy="reinforce", normalize_advantages=False)
-            made_of: Any = SEQUENCE_POLICIES[self.policy]
-            policy = dataclasses.replace(given, policy=made_of, kl=None)
-            kl = dataclasses.replace(given, rollout_correction=None)
+            token: Any = SEQUENCE_POLICIES[self.policy]
+            policy = dataclasses.replace(self, policy=token, normalize_advantages=False, kl=None)
+            kl = dataclasses.replace(self, policy="reinforce", normalize_advantages=False, rollout_correction=None)
             self.__dict__["_forms"] = policy, kl
 
     @property
@@ -328,27 +327,37 @@ def _presets() -> dict[str, LossConfig]:
         # kl_coeff 0.2 times the analytic KL(old || new), a function of both distributions' parameters; add it outside.
         "rllib": C(clip_low=0.3, clip_high=0.3, value_half=False, value_clip=10.0, value_clip_mode="error", value_coef=1.0),
         # verl/trainer/ppo/core_algos.py: d clamped to ±20, dual clip 3; the critic's ½·max loss with cliprange 0.5 is a
-        # loss of its own. use_kl_loss is off; on: kl="k3", kl_coef=0.001. The KL clamps are verl's for k3 only: None for
-        # the others. Its "k1+", "k3+" (k2's gradient under another value) are not expressible.
+        # loss of its own. use_kl_loss is off; on: kl="k3", kl_coef=0.001, "k1+" and "k3+" with kl_gradient="k2". The KL
+        # clamps are verl's for k3 only: None for the others. loss_mode: its "gspo" is policy="gspo_token", "geo_mean" is
+        # "gmpo", "gpg" is "reinforce", the others have our names; dual_clip is of "vanilla" alone, and DPPO has its
+        # clip_ratio_c as ratio_cap=3.0. "sapo" and "geo_mean" take reduction="seq-mean-token-mean", and "dro", "kl_cov",
+        # "clip_cov", "gspo", "geo_mean" no log_ratio_clamp. Rollout correction: `rollout_weights`.
         "verl": C(dual_clip=3.0, log_ratio_clamp=20.0, value_clip=0.5, value_coef=1.0, kl_clamp=20.0, kl_value_clamp=10.0),
         # trl/experimental/ppo/ppo_trainer.py: ½·max value clip, vf_coef 0.1; KL goes into the reward. Not expressible:
         # its value term is a mean over one token a sequence more than its policy term.
         "trl_ppo": C(value_clip=0.2, value_coef=0.1),
         # trl/trainer/grpo_trainer.py, loss_type "dapo" with beta 0: Σ over tokens divided by
         # denominator=num_items_in_batch/num_processes. loss_type "grpo": reduction="seq-mean-token-mean"; "bnpo":
-        # "token-mean"; "dr_grpo": denominator=B·max_completion_length. beta: kl="k3", kl_coef=beta, no clamp. delta: ratio_cap.
+        # "token-mean"; "dr_grpo": denominator=B·max_completion_length. beta: kl="k3", kl_coef=beta, no clamp, and
+        # use_bias_correction_kl: kl_weight="ratio" (of tokens; under importance_sampling_level "sequence" TRL takes the
+        # sequence's ratio, which is not expressible). delta: ratio_cap. importance_sampling_level "sequence": policy="gspo".
+        # "cispo": policy="cispo", clip_low=1, clip_high=epsilon_high - 1; "sapo", "vespo", GMPOTrainer: policy="sapo" and
+        # "gmpo" with reduction="seq-mean-token-mean", "vespo". vllm_importance_sampling_mode: `rollout_weights`.
         "trl_grpo": C(),
         # openrlhf/models/loss.py, cli/train_ppo_ray.py: d clamped to ±20, ½·max value clip 0.5 as a loss of its own, KL in
-        # the reward; with --algo.kl.use_loss: kl=estimator, kl_coef=0.01, clamped after. Its tis clamps on both sides, ours
-        # above only: give clamp(ρ, low, high) as weights, where there is no KL or entropy term that they would scale too.
+        # the reward; with --algo.kl.use_loss: kl=estimator, kl_coef=0.01, clamped after. policy_loss_type "gspo":
+        # policy="gspo", reduction="seq-mean-token-mean", no log_ratio_clamp. Its is_correction clamps on both sides or masks
+        # by token or sequence: `rollout_weights`; gated by a divergence of probabilities (tv, binary_kl): not expressible.
         "openrlhf": C(log_ratio_clamp=20.0, value_clip=0.5, value_coef=1.0, kl_value_clamp=10.0),
         # nemo_rl/algorithms/loss/loss_functions.py, ClippedPGLossConfig and MseValueLossConfig (no value clip; its PPO
-        # recipe sets 0.2, scale 0.4, dual_clip 10, clip_high 0.28, KL 0). Not expressible: its KL term carries the weight
-        # exp(x - sg(x)), which adds k·∇log_prob to the gradient; the value is the same.
-        "nemo_rl": C(value_coef=1.0, kl="k3", kl_coef=0.01, kl_clamp=20.0, kl_value_clamp=10.0),
+        # recipe sets 0.2, scale 0.4, dual_clip 10, clip_high 0.28, KL 0). use_on_policy_kl_approximation: its KL weight is
+        # the ratio to the engine's log-probs; kl_weight="ratio" is that where old_log_prob holds them. use_cispo:
+        # policy="cispo"; sequence_level_importance_ratios: policy="gspo"; truncated importance sampling: `rollout_weights`.
+        "nemo_rl": C(value_coef=1.0, kl="k3", kl_coef=0.01, kl_clamp=20.0, kl_value_clamp=10.0, kl_weight="score"),
         # slime/utils/ppo_utils.py, backends/megatron_utils/loss.py: value max-clip without ½ as a loss of its own; means
         # over sequences. use_kl_loss is off; on: kl="k1", or "k3" for low_var_kl, the only one that slime clamps (±10).
-        # Its k3 and k1 have no clamp (None), and use_unbiased_kl (times r, with r's gradient) is not expressible.
+        # Its k3 and k1 have no clamp (None); use_unbiased_kl: kl_weight="ratio". advantage_estimator "gspo": policy="gspo";
+        # "cispo": policy="cispo"; tis and icepop: `rollout_weights`.
         "slime": C(value_half=False, value_clip=0.2, value_coef=1.0, kl_value_clamp=10.0, reduction="seq-mean-token-mean"),
     }  # fmt: skip
 

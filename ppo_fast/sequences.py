@@ -51,22 +51,22 @@ class Tokens(NamedTuple):
             return getattr(self.config, name)
         return there[NUMBERS.index(name)].to(self.log_prob.dtype)
 
+    @property
+    def count(self) -> Any:
+        """Valid tokens, at least 1."""
+        n = self.log_prob.numel()
+        return max(n, 1) if self.valid is None else self.valid.sum().double().clamp(min=1.0)
+
     def largest(self, key: Tensor) -> Tensor:
         """The share `cov_ratio` of all valid tokens, at least one, whose key is largest; none whose key is -inf."""
-        n = self.log_prob.numel() if self.valid is None else self.valid.sum()
-        how_many = torch.as_tensor(n, dtype=torch.float64, device=key.device) * self.config.cov_ratio
         order = key.flatten().argsort(descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device))
-        return (rank.view_as(key) < how_many.floor().clamp(min=1)) & (key > -math.inf)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=key.device)).view_as(key)
+        return ((rank == 0) | (rank + 1 <= self.count * self.config.cov_ratio)) & (key > -math.inf)
 
     def covariance(self) -> Tensor:
         """(A - mean A)·(x - mean x) per token, -inf where masked out."""
-
-        def centred(x: Tensor) -> Tensor:
-            n = x.numel() if self.valid is None else self.valid.sum()
-            return x - x.sum() / torch.as_tensor(n, device=x.device).clamp(min=1)
-
-        cov = centred(self.advantages) * centred(self.log_prob.detach())
+        x = self.log_prob.detach()
+        cov = (self.advantages - self.advantages.sum() / self.count) * (x - x.sum() / self.count)
         return cov if self.valid is None else torch.where(self.valid, cov, -math.inf)
 
 

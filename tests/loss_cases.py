@@ -147,6 +147,30 @@ def compare(op, specification, inputs: dict[str, torch.Tensor], s: Streams, size
                        ulps=8.0 * max(1.0, size_of_log_prob))  # fmt: skip
 
 
+def compare_policy(op, specification, policy: str, dtype=torch.float32) -> None:
+    """Every switch that a policy reads, one after the other, on tokens of both signs, both sides of every bound and masked."""
+    g = torch.Generator().manual_seed(0)
+    inputs = {"log_prob": log_probs((613,), g, dtype)}
+    stored = {k: log_probs((613,), g, dtype) for k in ("old_log_prob", "ref_log_prob", "rollout_log_prob")}
+    stored |= {
+        "advantages": (torch.randn(613, generator=g) + 0.7).to(dtype),
+        "mask": torch.rand(613, generator=g) < 0.8,
+    }
+    plain = pf.LossConfig(policy=policy, clip_low=0.1, clip_high=0.15, sapo_tau_negative=3.0, dro_beta=0.7)
+    plain = _with_bounds(plain)
+    kl = {"kl": "k3", "kl_coef": 0.6}
+    for config in (
+        plain,
+        dataclasses.replace(plain, log_ratio_clamp=0.2, rollout_correction="icepop"),
+        dataclasses.replace(plain, ratio_cap=1.2, dual_clip=1.3),
+        dataclasses.replace(plain, **kl, kl_weight="ratio", log_ratio_clamp=0.2, kl_clamp=0.6, kl_value_clamp=0.1),
+        dataclasses.replace(plain, **kl, kl_weight="score", kl_clamp=0.6, kl_value_clamp=0.1),
+        dataclasses.replace(plain, **kl, kl_gradient="k2", kl_clamp=0.6),
+    ):
+        used = {k: v for k, v in stored.items() if k != "ref_log_prob" or config.kl is not None}
+        compare(op, specification, inputs, Streams(config, used, {}))
+
+
 def bits(out, inputs) -> list[torch.Tensor]:
     """Everything a loss call produced, for comparisons to the bit."""
     grads = torch.autograd.grad(out.loss, inputs, allow_unused=True)

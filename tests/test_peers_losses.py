@@ -43,6 +43,13 @@ def x():
     }  # fmt: skip
 
 
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def backend(request):
+    """The kernel, and the specification that all kernels are held to."""
+    with pf.use_backend(request.param):
+        yield
+
+
 def agree(x, mine: torch.Tensor, theirs: torch.Tensor) -> None:
     assert theirs != 0
     torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)  # verl adds 1e-8 to counts

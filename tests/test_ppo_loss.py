@@ -7,12 +7,12 @@ import torch
 from conftest import ISAS, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import CENTER, DTYPES, bits, compare, log_probs, replace, streams
+from loss_cases import CENTER, DTYPES, bits, compare, compare_policy, log_probs, replace, streams
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ppo_fast as pf
 from ppo_fast import _C, reference
-from ppo_fast.config import STATS
+from ppo_fast.config import STATS, TOKEN_POLICIES
 from ppo_fast.ops.ppo_loss import _op
 
 
@@ -31,6 +31,12 @@ def test_matches_float64(data, shape, dtype, seed):
     if "returns" in s.stored:
         inputs["values"] = torch.randn(shape, generator=g).to(dtype)
     compare(pf.ppo_loss, reference.ppo_loss, inputs, s)
+
+
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_every_policy_matches_float64(isa, policy):
+    for dtype in DTYPES[:3]:
+        compare_policy(pf.ppo_loss, reference.ppo_loss, policy, dtype)
 
 
 def example(n=100, dtype=torch.float32, seed=0, shape=None):

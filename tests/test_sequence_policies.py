@@ -122,12 +122,15 @@ def test_clip_cov_leaves_out_its_share_of_the_candidates(reduction):
     assert len(chosen) == candidates.sum()  # each at some time
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("share", "how_many"), [(1e-9, 1), (0.25, 4), (1.0, 18)])
-def test_kl_cov_holds_the_tokens_of_largest_covariance(share, how_many):
+def test_kl_cov_holds_the_tokens_of_largest_covariance(share, how_many, normalize):
     x, mask = batch(4)
-    config = pf.LossConfig(policy="kl_cov", cov_ratio=share, cov_kl_coef=0.7)
+    x["advantages"] = x["advantages"] + 3.0
+    config = pf.LossConfig(policy="kl_cov", cov_ratio=share, cov_kl_coef=0.7, normalize_advantages=normalize)
     d = (x["log_prob"] - x["old_log_prob"])[mask]
     a, p = x["advantages"][mask], x["log_prob"].detach()[mask]
+    a = (a - a.mean()) / (a.std() + 1e-8) if normalize else a
     cov = (a - a.mean()) * (p - p.mean())
     held = torch.zeros_like(a)
     held[cov.argsort(descending=True)[:how_many]] = 0.7
@@ -332,9 +335,13 @@ def test_gradcheck(policy):
 
     if not constant:
         assert torch.autograd.gradcheck(loss, (x["log_prob"],))
+    (plain,) = torch.autograd.grad(
+        loss(x["log_prob"]), x["log_prob"]
+    )  # the kernel's; below, the reference's derivatives
     with pf.use_backend("reference"):
         (truth,) = torch.autograd.grad(loss(x["log_prob"]), x["log_prob"], create_graph=True)
     (grad,) = torch.autograd.grad(loss(x["log_prob"]), x["log_prob"], create_graph=True)
+    torch.testing.assert_close(plain, truth.detach(), rtol=1e-11, atol=1e-15)
     torch.testing.assert_close(grad, truth, rtol=1e-11, atol=1e-15)
     v = torch.randn(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     first, second = (torch.autograd.grad((g * v).sum(), x["log_prob"])[0] for g in (grad, truth))

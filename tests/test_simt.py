@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(
 #: Test files, and for each a seed of the order in which blocks and threads run, and how many blocks run at a time.
 FILES = [
     ("gae", 1, 3), ("scan_tiles", 1, 3), ("scan_tiles", 2, 5), ("vtrace", 3, 2), ("discounted_returns", 4, 3),
-    ("whiten", 1, 3), ("ppo_loss", 2, 3), ("categorical_log_prob", 1, 3), ("multi_categorical_log_prob", 2, 3),
-    ("normal_log_prob", 1, 3), ("bernoulli_log_prob", 2, 3), ("beta_log_prob", 1, 3), ("categorical_ppo_loss", 1, 3),
-    ("normal_ppo_loss", 2, 3),
+    ("whiten", 1, 3), ("ppo_loss", 2, 3), ("sequence_policies", 1, 3), ("categorical_log_prob", 1, 3),
+    ("multi_categorical_log_prob", 2, 3), ("normal_log_prob", 1, 3), ("bernoulli_log_prob", 2, 3), ("beta_log_prob", 1, 3),
+    ("categorical_ppo_loss", 1, 3), ("normal_ppo_loss", 2, 3),
 ]  # fmt: skip
 
 

@@ -21,10 +21,11 @@ import torch
 from conftest import as_double, assert_as_good, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import CENTER, DTYPES, bits, compare, log_probs, replace, streams
+from loss_cases import CENTER, DTYPES, bits, compare, compare_policy, log_probs, replace, streams
 
 import ppo_fast as pf
 from ppo_fast import _C, _workspace, reference
+from ppo_fast.config import TOKEN_POLICIES
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -74,6 +75,13 @@ def test_ppo_loss_matches_float64(data, shape, dtype, seed):
     if "returns" in s.stored:
         inputs["values"] = torch.randn(shape, generator=g).to(dtype)
     compare(by_triton(pf.ppo_loss), reference.ppo_loss, inputs, s)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("policy", TOKEN_POLICIES)
+def test_every_policy_matches_float64(policy):
+    for dtype in (torch.float32, torch.float64):
+        compare_policy(by_triton(pf.ppo_loss), reference.ppo_loss, policy, dtype)
 
 
 @needs_interpreter
