@@ -1,0 +1,241 @@
+"""The state of a run and one iteration of it; no files, no output.
+
+An iteration samples num-responses responses, group-size to a prompt, scores them, and updates. Between two iterations the
+whole state is plain data: parameters, optimiser, KL coefficient, generators, the order of prompts, counters.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .. import checkpoint
+from .config import LanguageConfig
+from .learner import Experience, Learner
+from .model import Policy
+from .prompts import Prompts
+from .rewards import Reward, score
+from .sampling import Responses, joined, sample
+
+COLUMNS = (
+    "iteration", "responses", "tokens", "reward", "reward_std", "eval_reward", "length", "finished", "entropy", "kl", "kl_coef",
+    "learning_rate", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "explained_variance", "grad_norm",
+    "log_prob_error", "seconds",
+)  # fmt: skip
+
+
+@dataclass
+class Now:
+    """Where a run stands."""
+
+    iteration: int = 0
+    responses: int = 0
+    tokens: int = 0
+    first_eval: float = float("nan")  # mean greedy reward on held-out prompts: before training …
+    last_eval: float = float("nan")  # … and when last measured
+    reward: float = float("nan")
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("warm start", "sampling", "reward", "experience", "update", "evaluation"), 0.0
+        )
+    )
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass
+class Task:
+    """Prompts to train on, those held out, and what scores their completions."""
+
+    train: Prompts
+    held_out: Prompts | None
+    reward: Reward
+
+
+class Trainer:
+    """`causal` and `tokenizer` are where training starts; the reference is a copy of them."""
+
+    def __init__(
+        self, config: LanguageConfig, causal: Any, tokenizer: PreTrainedTokenizerBase, task: Task, device: torch.device
+    ) -> None:
+        self.config, self.tokenizer, self.task, self.device = config, tokenizer, task, device
+        random.seed(config.seed)  # the global generators are for reward functions that use them
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.sampler = torch.Generator(device).manual_seed(config.seed)
+        self.policy = Policy(causal, config, device)
+        self.learner = Learner(config, self.policy, self.generator)
+        self.ends = end_tokens(causal, tokenizer, device)
+        self.order, self.at = torch.empty(0, dtype=torch.int64), 0
+        self.now = Now()
+        self._since = time.perf_counter()
+
+    # --- the parts of an iteration --------------------------------------------------------------------------------------
+
+    def _clock(self, what: str) -> None:
+        """The time since the last call goes to `what`."""
+        if self.device.type != "cpu":
+            torch.cuda.synchronize(self.device)
+        before, self._since = self._since, time.perf_counter()
+        self.now.seconds[what] += self._since - before
+
+    def _next_prompts(self) -> list[int]:
+        """Prompts in random order, each once before one comes again."""
+        taken: list[int] = []
+        count = self.config.num_responses // self.config.group
+        while len(taken) < count:
+            if self.at == len(self.order):
+                self.order, self.at = torch.randperm(len(self.task.train), generator=self.generator), 0
+            stop = self.at + count - len(taken)
+            more = self.order[self.at : stop].tolist()
+            self.at += len(more)
+            taken += more
+        return taken
+
+    def respond(self, prompts: Prompts, index: list[int], greedy: bool = False) -> Responses:
+        config, pad = self.config, int(self.tokenizer.pad_token_id or 0)
+        parts = [
+            sample(
+                self.policy, [prompts.tokens[i] for i in index[begin : begin + config.sampling_batch]],
+                max_new_tokens=config.max_new_tokens, pad=pad, ends=self.ends, generator=None if greedy else self.sampler,
+                temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            )
+            for begin in range(0, len(index), config.sampling_batch)
+        ]  # fmt: skip
+        return joined(parts, pad)
+
+    def completions(self, responses: Responses) -> list[str]:
+        rows = [tokens[mask].tolist() for tokens, mask in zip(responses.targets, responses.mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def score(self, prompts: Prompts, index: list[int], responses: Responses) -> tuple[Tensor, list[str], list[str]]:
+        """Rewards [B], prompts and completions."""
+        texts, columns = prompts.take(index)
+        completions = self.completions(responses)
+        rewards = score(self.task.reward, self.config.reward, texts, completions, columns)
+        return torch.tensor(rewards, dtype=torch.float32, device=self.device), texts, completions
+
+    def evaluate(self) -> float:
+        """Mean reward of greedy answers to the held-out prompts."""
+        held_out = self.task.held_out
+        if held_out is None:
+            return float("nan")
+        self._since = time.perf_counter()
+        index = list(range(len(held_out)))
+        rewards, *_ = self.score(held_out, index, self.respond(held_out, index, greedy=True))
+        self.now.last_eval = float(rewards.mean())
+        self._clock("evaluation")
+        return self.now.last_eval
+
+    def iterate(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """One rollout and one update; what was answered, and a row of COLUMNS."""
+        config, now, task = self.config, self.now, self.task
+        if now.iteration == 0:
+            now.first_eval = self.evaluate()
+        self._since = start = time.perf_counter()
+        index = [i for i in self._next_prompts() for _ in range(config.group)]
+        responses = self.respond(task.train, index)
+        greedy = self.respond(task.train, index[:: config.group], True) if config.algorithm == "remax" else None
+        self._clock("sampling")
+        scores, texts, completions = self.score(task.train, index, responses)
+        baselines = None
+        if greedy is not None:
+            baselines = self.score(task.train, index[:: config.group], greedy)[0].repeat_interleave(config.group)
+        self._clock("reward")
+        experience = self.learner.experience(responses, scores, baselines)
+        self._clock("experience")
+        learning_rate = config.learning_rate * (1.0 - now.iteration / config.iterations if config.anneal_lr else 1.0)
+        learning_rate *= min(1.0, (now.iteration + 1) / max(1, config.warmup_iterations))
+        kl_coef = self.learner.kl.coef
+        row: dict[str, Any] = self.learner.update(experience, learning_rate)
+        self._clock("update")
+
+        now.iteration += 1
+        now.responses += len(index)
+        now.tokens += int(responses.mask.sum())
+        now.reward = float(scores.mean())
+        last = now.iteration == config.iterations
+        evaluated = self.evaluate() if last or now.iteration % config.eval_every == 0 else float("nan")
+        row.update(describe(responses, scores, experience), iteration=now.iteration, responses=now.responses,
+                   tokens=now.tokens, eval_reward=evaluated, kl_coef=kl_coef, learning_rate=learning_rate,
+                   seconds=time.perf_counter() - start)  # fmt: skip
+        shown = range(0, len(index), max(1, len(index) // max(1, config.logged_responses)))[: config.logged_responses]
+        samples = [
+            {"iteration": now.iteration, "prompt": texts[i], "completion": completions[i], "reward": float(scores[i]),
+             "tokens": int(responses.mask[i].sum()), "finished": bool(responses.finished[i]),
+             "log_prob": float(experience.old_log_prob[i].sum()), "advantage": float(experience.advantages[i].sum()),
+             **({} if experience.kl is None else {"kl": float(experience.kl[i])})}
+            for i in shown
+        ]  # fmt: skip
+        return samples, {name: row[name] for name in COLUMNS}
+
+    @property
+    def finished(self) -> bool:
+        goal = self.config.stop_at_reward
+        return self.now.iteration >= self.config.iterations or (goal is not None and self.now.last_eval >= goal)
+
+    # --- state ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: later training does not change it."""
+        learned = {"parameters": self.policy.learned(), "optimizer": self.learner.optimizer.state_dict()}
+        return {
+            **checkpoint.on_host(learned), "kl_coef": self.learner.kl.coef, "order": self.order, "at": self.at,
+            "generator": self.generator.get_state(), "sampler": self.sampler.get_state(),
+            "global_rng": checkpoint.global_rng_state(), "now": asdict(self.now),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Puts everything back, exactly."""
+        learned = self.policy.learned()
+        if learned.keys() != state["parameters"].keys():
+            raise ValueError("parameters of another model")
+        with torch.no_grad():
+            for name, parameter in learned.items():
+                if parameter.shape != state["parameters"][name].shape:
+                    raise ValueError(f"{name} has another shape")
+                parameter.copy_(state["parameters"][name])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.kl.coef = float(state["kl_coef"])
+        self.order, self.at = state["order"], int(state["at"])
+        self.generator.set_state(state["generator"])
+        self.sampler.set_state(state["sampler"])
+        self.now = Now(**state["now"])
+        checkpoint.set_global_rng_state(state["global_rng"])
+        return True
+
+
+def end_tokens(causal: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
+    """Tokens that end a response: the tokenizer's, and those of the model's generation config."""
+    more = getattr(getattr(causal, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
+    return torch.tensor(sorted(ends), device=device)
+
+
+def describe(responses: Responses, scores: Tensor, experience: Experience) -> dict[str, float]:
+    """Statistics of a rollout, read from the device at once."""
+    mask, nan = experience.mask, float("nan")
+    count = mask.sum()
+    error = torch.where(responses.mask, responses.log_prob - experience.old_log_prob, 0.0).abs().max()
+    explained = torch.tensor(nan, device=mask.device)
+    if experience.values is not None and experience.returns is not None:
+        returns = experience.returns[mask]
+        variance, rest = returns.var(correction=0), (returns - experience.values[mask]).var(correction=0)
+        explained = torch.where(variance > 0, 1.0 - rest / variance, nan)
+    kl = torch.tensor(nan) if experience.kl is None else experience.kl.mean()
+    numbers = {
+        "reward": scores.mean(), "reward_std": scores.std(correction=0), "length": responses.mask.sum(1).float().mean(),
+        "finished": responses.finished.float().mean(), "entropy": torch.where(mask, experience.entropy, 0.0).sum() / count,
+        "kl": kl, "explained_variance": explained, "log_prob_error": error,
+    }  # fmt: skip
+    return dict(zip(numbers, torch.stack([x.float().to(mask.device) for x in numbers.values()]).tolist(), strict=True))
