@@ -216,3 +216,10 @@ def test_doctor_says_what_is_here(capsys):
     assert code == 0
     for word in ("python", "torch", "numpy", "gymnasium", "threads", "reference"):
         assert word in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m ppo_fast.cli train language --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.startswith("usage:") and "Traceback" not in done.stderr, done.stderr

@@ -162,6 +162,8 @@ VARIANTS = [
     {"algorithm": "ppo", "reduction": "seq-mean-token-mean", "length_adaptive_alpha": 0.4},
     {"algorithm": "grpo", "reduction": "token-sum-norm", "kl_in": "loss", "kl_estimator": "k3"},
     {"algorithm": "rloo", "reduction": "seq-mean-token-sum", "mask_truncated": True, "dual_clip": 3.0},
+    {"algorithm": "grpo", "reduction": "seq-mean-token-mean", "policy": "gspo", "mask_truncated": True},
+    {"algorithm": "grpo", "reduction": "token-mean", "policy": "cispo"},
 ]
 
 
@@ -187,7 +189,9 @@ def gradients(trainer, experience, index):
     return stats, [p.grad.clone() for p in trainer.learner.parameters]
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: c["algorithm"] + " " + c["reduction"])
+@pytest.mark.parametrize(
+    "changes", VARIANTS, ids=lambda c: " ".join(str(c.get(k, "")) for k in ("algorithm", "reduction", "policy"))
+)
 def test_gradients_do_not_depend_on_the_split_and_are_those_of_the_formula(tmp_path, changes):
     trainer = trainer_in(tmp_path, double=True, **changes)
     experience = experience_of(trainer)

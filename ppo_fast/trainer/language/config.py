@@ -117,6 +117,11 @@ class AlgorithmFields:
     whiten_advantages: bool = True
     """ppo: bring the advantages of a rollout to mean 0 and standard deviation 1, over all valid tokens."""
 
+    policy: Literal[
+        "ppo", "cispo", "sapo", "dppo_tv", "dppo_kl", "dro", "reinforce", "cpi", "gspo", "gspo_token", "gmpo", "vespo"
+    ] = "ppo"  # not those of the whole batch: no micro-batch has it
+    """Policy loss; ppo_fast.LossConfig has the formulas."""
+
     clip_low: float = 0.2
     """The probability ratio has no gradient below 1 - clip-low …"""
 

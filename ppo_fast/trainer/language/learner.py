@@ -65,7 +65,7 @@ class Learner:
             self.kl = estimators.AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         in_loss = config.kl_coef > 0 and config.kl_in == "loss"
         self.loss_config = pf.LossConfig(
-            clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+            policy=config.policy, clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
             value_clip=config.value_clip, value_coef=config.value_coef, entropy_coef=config.entropy_coef,
             kl=config.kl_estimator if in_loss else None, kl_coef=config.kl_coef if in_loss else 0.0,
         )  # fmt: skip
@@ -167,6 +167,9 @@ class Learner:
         def stored(x: Any) -> Any:
             return None if x is None else x[index, :length][rows]
 
+        borders = None
+        if config.forms:  # a policy of sequences
+            borders = torch.nn.functional.pad(rows.sum(1).cumsum(0), (1, 0))
         with policy.autocast():
             # what is not learned from leaves before the head; the logits of a minibatch never exist
             hidden = policy.hidden(tokens, attention, start)[rows]
@@ -176,7 +179,7 @@ class Learner:
                 values=None if experience.values is None else policy.values(hidden),
                 old_values=stored(experience.values), returns=stored(experience.returns),
                 ref_log_prob=None if config.kl is None else stored(experience.ref_log_prob),
-                weights=weights[:, :length][rows],
+                weights=weights[:, :length][rows], cu_seqlens=borders,
             )  # fmt: skip
         out.loss.backward()
         return out.stats.vector
