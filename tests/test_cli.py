@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from importlib import util
+from pathlib import Path
 
 import pytest
 
