@@ -32,7 +32,7 @@ def categorical_log_prob(
 
     Args:
         logits: [..., A], float32, float64, bfloat16 or float16, any strides (`logits[:, :-1]` is not copied). Gradient.
-        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A. Or [..., K], integer: K labels
+        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A. Or [..., K], integer, K > 1: K labels
             a row (teacher's top tokens, candidates), whose log-probs come back as [..., K]; they are looked up after the
             one pass, and ignore_index leaves out single ones. (On a GPU one out of range gives 0, and nobody says so.)
         temperature: > 0, a number or a floating tensor [...] (one per row) or []; no gradient. Divides in the compute
@@ -87,7 +87,7 @@ def categorical_log_prob(
 
 def _of_many(logits, labels, action_mask, rows, temperature, ignore_index, entropy, inplace):
     """Of K labels a row. While compiling, the reference."""
-    if labels.shape[:-1] != logits.shape[:-1] or labels.shape[-1] == 0:
+    if labels.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
             f"{_OP}: actions must be [...] or [..., K] with {list(logits.shape)}, got {list(labels.shape)}"
         )
