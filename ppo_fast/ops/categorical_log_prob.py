@@ -32,9 +32,9 @@ def categorical_log_prob(
 
     Args:
         logits: [..., A], float32, float64, bfloat16 or float16, any strides (`logits[:, :-1]` is not copied). Gradient.
-        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A. Or [..., K], integer, K > 1: K labels
-            a row (teacher's top tokens, candidates), whose log-probs come back as [..., K]; they are looked up after the
-            one pass, and ignore_index leaves out single ones. (On a GPU one out of range gives 0, and nobody says so.)
+        actions: [...], any integer dtype, or floating with integral values; 0 <= action < A. Or [..., K], integer, K > 1:
+            K labels a row (teacher's top tokens, candidates), whose log-probs come back as [..., K]; they are looked up after
+            the one pass, and ignore_index leaves out single ones. (On a GPU one out of range gives 0, and nobody says so.)
         temperature: > 0, a number or a floating tensor [...] (one per row) or []; no gradient. Divides in the compute
             dtype, once, and shapes the entropy too.
         action_mask: [..., A], bool, integer or floating; where 0 the action has probability 0 and gets no gradient, and
@@ -60,10 +60,10 @@ def categorical_log_prob(
     Cost: forward reads the logits once; backward reads them once and writes the gradient once; 4 numbers a row are kept.
     A row's result has the same bits whatever else is in the batch, on any number of threads.
     """
+    # [..., 1] is more often a mistake than one label: it is refused below, as everywhere
     many = isinstance(logits, Tensor) and isinstance(actions, Tensor) and logits.ndim == actions.ndim > 0
-    temperature, rows = _temperature(
-        temperature, logits, actions.select(-1, 0) if many and actions.shape[-1] else actions
-    )
+    many = many and actions.shape[-1] > 1
+    temperature, rows = _temperature(temperature, logits, actions[..., 0] if many else actions)
     _checks.constants(_OP, ("actions", "temperature", "action_mask"), (actions, rows, action_mask))
     options = (action_mask, rows, temperature, ignore_index)
     if many:
