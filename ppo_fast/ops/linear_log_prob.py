@@ -11,7 +11,7 @@ from .. import _backend, _library, reference
 from . import _checks, _linear
 
 _OP = "linear_log_prob"
-_PARTS = 6  # of logits_memory: all but one are for the first chunk, which stays until the backward; the rest take turns
+_PARTS = 3  # of logits_memory: all but one are for the first chunk, which stays until the backward; the rest take turns
 
 
 def linear_log_prob(
