@@ -18,13 +18,13 @@ class Stats:
     __slots__ = ("vector",)
 
     def __init__(self, vector: torch.Tensor) -> None:
-        self.vector = vector  # [len(STATS)], float32 or float64, no gradient
+        self.vector = vector  # [len(STATS)], or [K, len(STATS)] of K calls stacked; float32 or float64, no gradient
 
     def __getattr__(self, name: str) -> torch.Tensor:
         index = _INDEX.get(name)
         if index is None:
             raise AttributeError(f"Stats has no {name!r}; it has {', '.join(STATS)}")
-        return self.vector[index]
+        return self.vector.select(-1, index)
 
     def __dir__(self) -> list[str]:
         return ["vector", "to_dict", *STATS]
