@@ -1,0 +1,47 @@
+"""Which tests of which trainer are run, and what they need beside the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One trainer. Its package and test files lie together in a throw-away folder, ahead of everything on the path."""
+
+    #: Name in `ppo_fast.integrations`.
+    name: str
+    #: Distribution on PyPI and the version whose tests these are.
+    package: str
+    version: str
+    #: Pinned distributions that are installed beside it, without their dependencies: what .venv lacks.
+    beside: tuple[str, ...] = ()
+    #: Where the test files come from: "sdist" of that version, or a repository and the tag to clone.
+    tests_from: str | tuple[str, str] = "sdist"
+    #: Files or folders for pytest, in the root of the sdist or the repository.
+    paths: tuple[str, ...] = ("tests",)
+    #: More arguments for pytest: -k, --deselect with the reason in a comment.
+    arguments: tuple[str, ...] = ()
+    #: Where no wheel can be installed: folders of the repository that are put on the path in place of it.
+    from_source: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(
+            "sb3",
+            "stable-baselines3",
+            "2.9.2",
+            paths=("tests/test_gae.py", "tests/test_distributions.py", "tests/test_run.py", "tests/test_save_load.py"),
+            arguments=("-k", "gae or PPO or ppo or distribution or Distribution or A2C or a2c or entropy or log_prob"),
+        ),
+        Peer(
+            "sb3_contrib",
+            "sb3-contrib",
+            "2.9.2",
+            paths=("tests/test_invalid_actions.py", "tests/test_lstm.py", "tests/test_distributions.py"),
+        ),
+    )
+}
