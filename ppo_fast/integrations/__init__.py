@@ -8,7 +8,8 @@
 
 Importing a module here imports its trainer and changes nothing. `enable()` first checks the installed version and the
 parameters of everything that it will replace; where one does not fit it raises a line that says so, with nothing touched.
-Modules whose trainer offers subclasses or registries have those too; each docstring says what runs on our kernels.
+Modules whose trainer offers subclasses or registries have those too; each docstring says what runs on our kernels. CleanRL's
+scripts offer nothing to hook into: `python -m ppo_fast.integrations.cleanrl ppo.py` rewrites one.
 """
 
 #: Every integration and the distribution on PyPI that it is for.

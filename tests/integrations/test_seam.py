@@ -231,4 +231,4 @@ def test_every_integration_is_listed():
     import pathlib
 
     folder = pathlib.Path(importlib.import_module("ppo_fast.integrations").__file__).parent
-    assert {x.stem for x in folder.glob("[!_]*.py")} == set(TRAINERS)
+    assert {x.stem for x in folder.glob("[!_]*.py")} - {"cleanrl"} == set(TRAINERS)  # that one rewrites scripts
