@@ -34,6 +34,9 @@ LABELS = {
     "torchrl-vec": "torchrl vectorised",
     "loop": "loop over tokens",
     "torch-chunked": "torch, chunked",
+    "liger": "Liger",
+    "trl": "TRL",
+    "verl": "verl",
     PRODUCTS: "the products alone",
     COPY: "copy of as many bytes",
     CLONE: "copy to new memory",
@@ -103,6 +106,7 @@ class Provider:
     prepare: Callable[[], None] | None = None
     single_thread: bool = False  # whatever torch.set_num_threads says
     why_not: str = ""  # not run, and the reason
+    note: str = ""  # what it leaves out, say
 
     def call(self) -> Any:
         assert self.run is not None
@@ -155,7 +159,7 @@ class Row:
 
 
 def backward(name: str, outputs: Callable[[], dict[str, Tensor]], leaves: dict[str, Tensor],
-             upstream: dict[str, Tensor] | None = None) -> Provider:  # fmt: skip
+             upstream: dict[str, Tensor] | None = None, note: str = "") -> Provider:  # fmt: skip
     """Provider of forward + backward: `upstream` names the outputs that get a gradient; without it, "loss" does."""
     given = None if upstream is None else list(upstream.values())
 
@@ -171,7 +175,7 @@ def backward(name: str, outputs: Callable[[], dict[str, Tensor]], leaves: dict[s
     def read(out: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**out, **gradients(leaves)}
 
-    return Provider(name, run, read, prepare)
+    return Provider(name, run, read, prepare, note=note)
 
 
 def compiled(formula: Callable) -> Callable:
@@ -259,7 +263,7 @@ def run_case(case: Case, threads: int, wanted: Collection[str], seconds: float) 
     ready: list[Provider] = []
     results: dict[str, dict[str, Tensor]] = {}
     for p in workload.providers:
-        row = Row(case, threads, p.name, note="one thread" if p.single_thread else "")
+        row = Row(case, threads, p.name, note=p.note or ("one thread" if p.single_thread else ""))
         if p.name in wanted or p.name == PRODUCTS:
             rows.append(row)
         elif p.name not in (OURS, workload.yardstick):
