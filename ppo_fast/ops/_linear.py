@@ -334,7 +334,7 @@ def _check_targets(op: str, targets: Tensor, skipped: Tensor | None, vocabulary:
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     read = targets if skipped is None else targets.masked_fill(skipped, 0)
-    least, most = read.aminmax()
+    least, most = (x.item() for x in read.aminmax())
     if least < 0 or most >= vocabulary:
         at = int(((read < 0) | (read >= vocabulary)).nonzero()[0])
         raise ValueError(f"{op}: targets must be in [0, {vocabulary}), got {int(targets[at])} at {at}")
