@@ -13,7 +13,21 @@ from torch.distributions import Categorical
 
 import ppo_fast as pf
 
-from .harness import COPY, OURS, Case, Provider, Target, Workload, backward, compiled, double_leaf, gradients, leaf
+from . import vocabulary_peers
+from .harness import (
+    COPY,
+    OURS,
+    Case,
+    Provider,
+    Target,
+    Workload,
+    backward,
+    compiled,
+    double_leaf,
+    gradients,
+    leaf,
+    left_out,
+)
 
 
 def vocabulary_formula(logits, actions):
@@ -48,6 +62,10 @@ def build(case: Case) -> Workload:
         backward("eager", lambda: named(eager(z, actions)), logits, given),
         backward("compile", lambda: named(fast(z, actions)), logits, given),
     ]
+    if n > 1000:
+        for name, (op, note) in vocabulary_peers.from_logits(case.dtype).items():
+            call = lambda op=op: named(op(z, actions))  # noqa: E731
+            providers.append(left_out(name, note) if op is None else backward(name, call, logits, given, note))
 
     def truth() -> dict[str, Tensor]:
         wide = {"logits": double_leaf(z)}
@@ -82,20 +100,22 @@ def build_in_place(case: Case) -> Workload:
     actions, given = torch.randint(n, (rows,)), upstream(rows)
     fast = compiled(vocabulary_formula)
 
-    def provider(name: str, op) -> Provider:
+    def provider(name: str, op, note: str = "") -> Provider:
         def run() -> dict[str, Tensor]:
             seen: dict[str, Tensor] = {}
             out = named(op(FromNetwork.apply(anchor, z, seen), actions))
             torch.autograd.backward(list(out.values()), list(given.values()))
             return {**{k: v.detach() for k, v in out.items()}, **seen}
 
-        return Provider(name, run, dict, lambda: z.copy_(pristine))
+        return Provider(name, run, dict, lambda: z.copy_(pristine), note=note)
 
     providers = [
         provider(OURS, lambda z, a: pf.categorical_log_prob(z, a, inplace_backward=True)),
         provider("eager", vocabulary_formula),
         provider("compile", fast),
     ]
+    for name, (op, note) in vocabulary_peers.from_logits(case.dtype).items():
+        providers.append(left_out(name, note) if op is None else provider(name, op, note))
 
     def truth() -> dict[str, Tensor]:
         wide = {"logits": double_leaf(pristine)}

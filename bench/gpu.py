@@ -67,6 +67,8 @@ BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 SLOW_TO_START = ("torch.compile", "JAX")
 #: A call that takes longer is not profiled, captured or timed in a Python loop: thousands of launches.
 SLOW = 20e-3
+#: A call that takes longer is not made once more for its memory.
+PATIENCE = 1.0
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------
@@ -182,10 +184,12 @@ def time_them(case: GpuCase, clock: Clock, seconds: float, ready: dict[str, tupl
             began = time.perf_counter()
             m.calls[0]()
             clock.wait()
-            if time.perf_counter() - began > SLOW:
+            took = time.perf_counter() - began
+            if took < PATIENCE:
+                row.peak_bytes = clock.peak_bytes(m)
+            if took > SLOW:
                 continue
             row.counts = clock.counts(m) if m.finish is None else None
-            row.peak_bytes = clock.peak_bytes(m)
         if row.counts is not None:
             m.launches = max(1, row.counts.launches + row.counts.copies)
     methods.append(copy_of(case.bytes, clock, COPY))

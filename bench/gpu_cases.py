@@ -24,6 +24,7 @@ from . import categorical_log_prob as categorical
 from . import categorical_ppo_loss as categorical_loss
 from . import discounted_returns, vtrace
 from . import gae as gae_bench
+from . import linear_ppo_loss as linear_loss
 from . import multi_categorical_log_prob as multi
 from . import normal_log_prob as normal
 from . import normal_ppo_loss as normal_loss
@@ -76,6 +77,7 @@ class Recipe:
     upstream: tuple[str, ...] = ()  # outputs whose gradient is the input "d <output>"; none: "loss" gets 1
     scales: dict[str, float] = field(default_factory=dict)
     rows: tuple[str, ...] = ()  # inputs and outputs with a row per row, of which a sample can be checked
+    truth: Callable[[Inputs], Outputs] | None = None  # where float64 of everything at once would not fit
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Formula:
     compared: tuple[str, ...] = ()  # outputs that are compared with the truth; all by default
     finish: Callable[[], None] | None = None  # waits, where that is not torch's own way of waiting
     wrap: Callable[[Inputs], Inputs] | None = None  # the inputs as it has them, once, before anything is timed
+    is_whole: bool = False  # the call is all there is to time: nothing is differentiated after it
 
 
 def ours(case: GpuCase, lib: ModuleType = pf) -> Formula:
@@ -157,7 +160,7 @@ def ours(case: GpuCase, lib: ModuleType = pf) -> Formula:
 def caller(case: GpuCase, formula: Formula, x: Inputs) -> Callable[[], Any]:
     """A call without arguments, on these inputs, for the clock. Forward only: without anything around it."""
     call, leaves = formula.call, [x[name] for name in case.recipe.leaves]
-    if case.mode == FORWARD:
+    if case.mode == FORWARD or formula.is_whole:
         return lambda: call(x)
     given = [x[f"d {name}"] for name in formula.upstream]
 
@@ -184,6 +187,8 @@ def results(case: GpuCase, formula: Formula, x: Inputs) -> Outputs:
     if case.mode == FORWARD:
         with torch.no_grad():
             return formula.named(formula.call(x))
+    if formula.is_whole:
+        return formula.named(formula.call(x))
     out, seen = caller(case, formula, x)()
     if case.mode == BACKWARD:
         seen = {f"d {name}": g for name in case.recipe.leaves if (g := x[name].grad) is not None}
@@ -212,6 +217,8 @@ def truth(case: GpuCase, x: Inputs, rows: Tensor | None = None) -> Outputs:
     """By the reference in float64, on the inputs' device."""
     source = {**x, "logits": x["pristine"]} if case.mode == IN_PLACE else x
     source = {k: v for k, v in sampled(case, source, rows).items() if k not in ("pristine", "anchor")}
+    if case.recipe.truth is not None:
+        return case.recipe.truth(source)
     wide = {k: v.detach().double() if v.is_floating_point() else v for k, v in source.items()}
     plain = case if case.mode == FORWARD else dataclasses.replace(case, mode=BACKWARD)
     if plain.mode == BACKWARD:
@@ -506,6 +513,116 @@ def eager_normal_loss(x: Inputs) -> Any:
     return normal_loss.eager(x["mean"], x["log_std"], x["values"], x["actions"], *_stored(x))
 
 
+# Losses of tokens over a vocabulary, where float64 of all logits at once would not fit.
+
+
+PIECE = 512
+
+
+def in_pieces(x: Inputs, log_prob_of: Callable[..., Any], of_tokens: str, shared: tuple[str, ...] = ()) -> Outputs:
+    """Loss and gradients by the reference in float64, some tokens at a time: the log-probs of all, their loss, and each
+    piece's share of the gradients. `of_tokens`, the leaf with a row a token, is taken apart; `shared` leaves are not."""
+    whole = {name: x[name].detach().double().requires_grad_() for name in shared}
+    pieces = range(0, len(x[of_tokens]), PIECE)
+
+    def piece(first: int) -> tuple[Tensor, list[Tensor]]:
+        leaf = x[of_tokens][first : first + PIECE].detach().double().requires_grad_()
+        return leaf, list(log_prob_of(leaf, *whole.values(), x["actions"][first : first + PIECE]))
+
+    with torch.no_grad():
+        of_all = [torch.cat(parts) for parts in zip(*(piece(first)[1] for first in pieces), strict=True)]
+    log_prob, entropy = (y.requires_grad_() for y in of_all)
+    stored = {k: x[k].double() if x[k].is_floating_point() else x[k] for k in _TOKENS}
+    loss = token_loss_of(pf.reference, stored, log_prob, entropy)
+    given = torch.autograd.grad(loss, (log_prob, entropy))
+    grads = {name: torch.zeros_like(leaf) for name, leaf in whole.items()}
+    rows = []
+    for first in pieces:
+        leaf, out = piece(first)
+        mine, *others = torch.autograd.grad(out, (leaf, *whole.values()), [g[first : first + PIECE] for g in given])
+        rows.append(mine)
+        for total, g in zip(grads.values(), others, strict=True):
+            total += g
+    return {"loss": loss.detach(), f"d {of_tokens}": torch.cat(rows), **{f"d {k}": g for k, g in grads.items()}}
+
+
+_TOKENS = ("old_log_prob", "advantages", "mask")
+
+
+def tokens_of(log_prob: Tensor) -> Inputs:
+    """Ratios inside the clip: what bfloat16 rounds must not decide which tokens have a gradient."""
+    rows = len(log_prob)
+    old_log_prob = log_prob.float() + 0.1 * (2.0 * torch.rand(rows) - 1.0)
+    return {"old_log_prob": old_log_prob, "advantages": torch.randn(rows), "mask": torch.ones(rows, dtype=torch.bool)}
+
+
+def token_loss_of(lib: ModuleType, x: Inputs, log_prob: Tensor, entropy: Tensor) -> Tensor:
+    return lib.ppo_loss(
+        log_prob, x["old_log_prob"], x["advantages"], linear_loss.CONFIG, entropy=entropy, mask=x["mask"]
+    ).loss
+
+
+def named_total(loss: Tensor) -> Outputs:
+    return {"loss": loss}
+
+
+def head_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+    m, h, v = shape
+    hidden, weight = torch.empty(m, h, dtype=dtype).normal_(), torch.empty(v, h, dtype=dtype).normal_(0.0, h**-0.5)
+    x = {"hidden": hidden, "weight": weight, "actions": torch.randint(v, (m,))}
+    parts = zip(hidden.split(PIECE), x["actions"].split(PIECE), strict=True)
+    return {**x, **tokens_of(torch.cat([pf.reference.linear_log_prob(a, weight, b)[0] for a, b in parts]))}
+
+
+def head_loss_of(lib: ModuleType, x: Inputs) -> Any:
+    return lib.linear_ppo_loss(x["hidden"], x["weight"], x["actions"], x["old_log_prob"], x["advantages"],
+                               linear_loss.CONFIG, mask=x["mask"]).loss  # fmt: skip
+
+
+def eager_head_loss(x: Inputs) -> Any:
+    return linear_loss.eager_loss(*(x[k] for k in ("hidden", "weight", "actions", *_TOKENS)))[0]
+
+
+def vocabulary_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+    x = {k: v for k, v in categorical_inputs(shape, dtype).items() if not k.startswith("d ")}
+    parts = zip(x["logits"].split(PIECE), x["actions"].split(PIECE), strict=True)
+    return {**x, **tokens_of(torch.cat([pf.reference.categorical_log_prob(a, b)[0] for a, b in parts]))}
+
+
+def vocabulary_loss_of(lib: ModuleType, x: Inputs) -> Any:
+    return lib.categorical_ppo_loss(x["logits"], x["actions"], x["old_log_prob"], x["advantages"], linear_loss.CONFIG,
+                                    mask=x["mask"]).loss  # fmt: skip
+
+
+def vocabulary_loss_in_place(lib: ModuleType, x: Inputs) -> Any:
+    out = lib.categorical_log_prob(x["logits"], x["actions"], inplace_backward=True)
+    return token_loss_of(lib, x, *out)
+
+
+def eager_vocabulary_loss(x: Inputs) -> Any:
+    out = categorical.vocabulary_formula(x["logits"], x["actions"])
+    return linear_loss.loss_of(*out, *(x[k] for k in _TOKENS))[0]
+
+
+def _vocabulary_loss(ours: Callable[[ModuleType, Inputs], Any]) -> Recipe:
+    """Floor of both: the logits are read once and their gradient written once. Neither fits into a processor's own memory,
+    so a second read comes from the L2 cache at best."""
+    return Recipe(
+        "categorical_ppo_loss", vocabulary_inputs, ours, eager_vocabulary_loss, named_total, named_total,
+        lambda s, d: 2 * d.itemsize * numel(s) + 17 * s[0] + 4, dict.fromkeys(("logits", "actions", *_TOKENS), 1),
+        ("logits",), scales={"loss": 0.8}, truth=lambda x: in_pieces(x, pf.reference.categorical_log_prob, "logits"),
+    )  # fmt: skip
+
+
+VOCABULARY_LOSS, VOCABULARY_LOSS_IN_PLACE = map(_vocabulary_loss, (vocabulary_loss_of, vocabulary_loss_in_place))
+HEAD_LOSS = Recipe(
+    "linear_ppo_loss", head_inputs, head_loss_of, eager_head_loss, named_total, named_total,
+    lambda s, d: 2 * d.itemsize * (s[0] * s[1] + s[2] * s[1]) + 17 * s[0] + 4,
+    dict.fromkeys(("hidden", "weight", "actions", *_TOKENS), 1), ("hidden", "weight"), scales={"loss": 0.8},
+    truth=lambda x: in_pieces(x, pf.reference.linear_log_prob, "hidden", ("weight",)),
+)  # fmt: skip
+
+
 ROLLOUT_READS = {"old_log_prob": 1, "advantages": 2, "old_values": 1, "returns": 1, "values": 1}
 LOSS = Recipe(
     "ppo_loss", loss_inputs, loss_of, eager_loss, named_loss, loss_bench.named,
@@ -571,7 +688,11 @@ CASES: tuple[GpuCase, ...] = (
         Target("faster", 5, "torch.compile"),
         small=True,
     ),
-    # without targets: every op small (as a minibatch for control) and large
+    # without targets: a vocabulary's losses
+    _case(HEAD_LOSS, (8192, 4096, 151_936), (24, 8, 1100), BACKWARD, dtype="bfloat16", remark="beside its products"),
+    _case(VOCABULARY_LOSS, (8192, 100_000), (6, 1100), BACKWARD, dtype="bfloat16", remark="one op"),
+    _case(VOCABULARY_LOSS_IN_PLACE, (8192, 100_000), (6, 1100), IN_PLACE, dtype="bfloat16", remark="two ops"),
+    # every op small (as a minibatch for control) and large
     _scan(GAE, (128, 4), (16, 4), small=True, remark="CleanRL's CartPole rollout"),
     _scan(VTRACE, (20, 32), (20, 4), small=True, remark="IMPALA's batch"),
     _scan(VTRACE, (1024, 4096), (40, 6)),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import peers
+from . import linear_ppo_loss, peers
 from .gpu_cases import GAMMA, IN_PLACE, LAM, Formula, GpuCase, Inputs, names_of
 
 
@@ -46,10 +46,9 @@ def _names(case: GpuCase) -> list[str]:
 def _cross_entropy(case: GpuCase, module: str, name: str, call: Callable[..., Any]) -> Formula | None:
     if case.op != "categorical_log_prob" or case.shape[1] < 1000:
         return None
-    found, why = peers.imported(module)
-    function = getattr(found, name, None)
+    function, why = peers.function(module, name)
     if function is None:
-        raise Left(why or f"{module} has no {name}")
+        raise Left(why)
 
     in_place, named = case.mode == IN_PLACE, names_of("log_prob")
     return Formula(lambda x: -call(function, x["logits"], x["actions"], in_place), named, ("log_prob",),
@@ -57,6 +56,9 @@ def _cross_entropy(case: GpuCase, module: str, name: str, call: Callable[..., An
 
 
 def liger(case: GpuCase) -> Formula | None:
+    if case.op == "linear_ppo_loss":
+        return _head_loss(case, "liger")
+
     def call(function, logits, actions, in_place):
         return function(logits, actions, reduction="none")
 
@@ -85,6 +87,44 @@ def cut_cross_entropy(case: GpuCase) -> Formula | None:
         return None
     _, why = peers.imported("cut_cross_entropy")
     raise Left(why or "takes hidden states and the head's weights, not logits: another floor")
+
+
+# --- losses of a head ---------------------------------------------------------------------------------------------------
+
+
+def products(case: GpuCase) -> Formula | None:
+    """The floor of a head: its three products, of all tokens at once and nothing else."""
+    if case.op != "linear_ppo_loss":
+        return None
+
+    def call(x: Inputs) -> Any:
+        hidden, weight = x["hidden"].detach(), x["weight"].detach()
+        logits = hidden @ weight.t()
+        return logits @ weight, logits.t() @ hidden
+
+    return Formula(call, lambda _: {}, note="nothing but matrix products", is_whole=True)
+
+
+def _head_loss(case: GpuCase, name: str) -> Formula | None:
+    if case.op != "linear_ppo_loss":
+        return None
+    loss, note = linear_ppo_loss.losses_of_peers()[name]
+    if loss is None:
+        raise Left(note)
+    names = ("hidden", "weight", "actions", "old_log_prob", "advantages", "mask")
+    return Formula(lambda x: loss(*(x[k] for k in names)), case.recipe.named, note=note)
+
+
+def trl(case: GpuCase) -> Formula | None:
+    return _head_loss(case, "trl")
+
+
+def verl(case: GpuCase) -> Formula | None:
+    return _head_loss(case, "verl")
+
+
+def torch_chunked(case: GpuCase) -> Formula | None:
+    return _head_loss(case, "torch-chunked")
 
 
 # --- JAX --------------------------------------------------------------------------------------------------------------
@@ -139,10 +179,14 @@ def jax(case: GpuCase) -> Formula | None:
 MAKERS: dict[str, Callable[[GpuCase], Formula | None]] = {
     "eager": eager,
     "torch.compile": compiled,
+    "products": products,
+    "torch, chunked": torch_chunked,
+    "TRL": trl,
+    "verl": verl,
     "Liger": liger,
     "flash-attn": flash_attn,
     "QuACK": quack,
     "cut-cross-entropy": cut_cross_entropy,
     "JAX": jax,
 }
-PACKAGES = ("triton", "liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy", "jax")
+PACKAGES = ("triton", "liger-kernel", "trl", "verl", "flash-attn", "quack-kernels", "cut-cross-entropy", "jax")

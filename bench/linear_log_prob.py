@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ppo_fast as pf
 
+from . import vocabulary_peers
 from .harness import (
     OURS,
     PRODUCTS,
@@ -54,7 +54,7 @@ def products(hidden: Tensor, weight: Tensor) -> Provider:
 
 
 def named(result) -> dict[str, Tensor]:
-    return dict(zip(("log_prob", "entropy"), (x for x in result if x is not None), strict=False))
+    return {name: x for name, x in zip(("log_prob", "entropy"), result, strict=False) if x is not None}
 
 
 def head(case: Case) -> tuple[dict[str, Tensor], Tensor]:
@@ -79,13 +79,10 @@ def build(case: Case) -> Workload:
         backward("compile", lambda: named(fast(hidden, weight, targets)), leaves, given),
         products(hidden, weight),
     ]
-    if with_entropy:
-        providers.append(left_out("torch-chunked", "F.linear_cross_entropy gives no entropy"))
-    elif not hasattr(F, "linear_cross_entropy"):
-        providers.append(left_out("torch-chunked", "torch before 2.13 has no F.linear_cross_entropy"))
-    else:
-        chunked = lambda: {"log_prob": -F.linear_cross_entropy(hidden, weight, targets, reduction="none")}  # noqa: E731
-        providers.append(backward("torch-chunked", chunked, leaves, given))
+    for name, (op, note) in vocabulary_peers.from_hidden(with_entropy).items():
+        # what nobody asked for gets no gradient
+        call = lambda op=op: {k: x for k, x in named(op(hidden, weight, targets)).items() if k in given}  # noqa: E731
+        providers.append(left_out(name, note) if op is None else backward(name, call, leaves, given, note))
 
     def truth() -> dict[str, Tensor]:
         wide = {k: double_leaf(x) for k, x in leaves.items()}

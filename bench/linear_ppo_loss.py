@@ -6,21 +6,24 @@ Floor: three products, 2·M·H·V FLOPs each; a token without a gradient leaves 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import ppo_fast as pf
 
-from .harness import OURS, PRODUCTS, Case, Target, Workload, backward, compiled, double_leaf, gradients
+from . import peers, vocabulary_peers
+from .harness import OURS, PRODUCTS, Case, Target, Workload, backward, compiled, double_leaf, gradients, left_out
 from .linear_log_prob import formula, head, products
 
 CONFIG = pf.LossConfig()
 ALIVE, HALF_DEAD, HALF_MASKED = "", "half dead", "half masked"
+_LIGER_ROWS = 2048  # its own step over tokens
 
 
-def eager_loss(hidden, weight, targets, old_log_prob, advantages, mask):
-    """As language-model trainers write it, with the statistics that they log."""
-    log_prob, entropy = formula(hidden, weight, targets)
+def loss_of(log_prob, entropy, old_log_prob, advantages, mask):
+    """From log-probs on, as language-model trainers write it, with the statistics that they log."""
     count = mask.sum()
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - CONFIG.clip_low, 1 + CONFIG.clip_high)
@@ -28,8 +31,49 @@ def eager_loss(hidden, weight, targets, old_log_prob, advantages, mask):
     loss = torch.where(mask, policy, 0.0).sum() / count
     with torch.no_grad():
         outside = (ratio < 1 - CONFIG.clip_low) | (ratio > 1 + CONFIG.clip_high)
-        statistics = [(x * mask).sum() / count for x in (entropy, ratio - 1 - (log_prob - old_log_prob), outside)]
+        logged = (entropy, ratio - 1 - (log_prob - old_log_prob), outside)
+        statistics = [(x * mask).sum() / count for x in logged if x is not None]
     return loss, statistics
+
+
+def eager_loss(hidden, weight, targets, *rollout):
+    return loss_of(*formula(hidden, weight, targets), *rollout)
+
+
+Loss = Callable[..., Tensor]
+
+
+def losses_of_peers() -> dict[str, tuple[Loss | None, str]]:
+    """By provider: the loss of (hidden, weight, targets, old_log_prob, advantages, mask), or None; and what it leaves out, or
+    why it is not here. But for Liger's they are log-probs by the peer and `loss_of` them."""
+    found: dict[str, tuple[Loss | None, str]] = {"liger": _liger()}
+    for name in ("torch-chunked", "trl", "verl"):
+        with_entropy = name != "torch-chunked"
+        log_prob, why = vocabulary_peers.from_hidden(with_entropy)[name]
+        if log_prob is None:
+            found[name] = None, why
+            continue
+
+        def loss(hidden, weight, targets, *rollout, log_prob=log_prob):
+            return loss_of(*log_prob(hidden, weight, targets), *rollout)[0]
+
+        found[name] = loss, "" if with_entropy else "no entropy among the statistics"
+    return found
+
+
+def _liger() -> tuple[Loss | None, str]:
+    """GRPO's loss, which has an advantage a sequence: every token is one."""
+    module, why = peers.function("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    if module is None:
+        return None, why
+    # the products are what it has to do: without its compilation of the rest
+    grpo = module(beta=0.0, use_ref_model=False, chunk_size=_LIGER_ROWS, compiled=False)
+
+    def loss(hidden, weight, targets, old_log_prob, advantages, mask):
+        return grpo(hidden[:, None], weight, targets[:, None], mask[:, None], advantages,
+                    old_per_token_logps=old_log_prob[:, None])[0]  # fmt: skip
+
+    return loss, "its loss of GRPO, a token a sequence; statistics: the clipped share alone"
 
 
 def build(case: Case) -> Workload:
@@ -55,6 +99,9 @@ def build(case: Case) -> Workload:
         backward("compile", lambda: {"loss": fast(hidden, weight, *data, mask)[0]}, leaves),
         products(hidden, weight),
     ]
+    for name, (loss, note) in losses_of_peers().items():
+        call = lambda loss=loss: {"loss": loss(hidden, weight, *data, mask)}  # noqa: E731
+        providers.append(left_out(name, note) if loss is None else backward(name, call, leaves, note=note))
 
     def truth() -> dict[str, Tensor]:
         wide = {k: double_leaf(x) for k, x in leaves.items()}

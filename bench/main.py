@@ -23,8 +23,9 @@ Op = Literal[
     "linear_log_prob", "linear_ppo_loss",
 ]  # fmt: skip
 Peer = Literal[
-    "ours", "eager", "compile", "numba", "sb3", "cleanrl", "torchrl-loop", "torchrl-vec", "loop", "torch-chunked"
-]
+    "ours", "eager", "compile", "numba", "sb3", "cleanrl", "torchrl-loop", "torchrl-vec", "loop", "torch-chunked", "liger",
+    "trl", "verl",
+]  # fmt: skip
 OPS: tuple[str, ...] = Op.__args__  # type: ignore[attr-defined]
 PEERS: tuple[str, ...] = Peer.__args__  # type: ignore[attr-defined]
 

@@ -7,9 +7,12 @@ import importlib
 from collections.abc import Callable
 from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 #: Distributions whose versions belong beside every number.
-PACKAGES = ("torch", "numpy", "numba", "stable-baselines3", "torchrl", "tensordict")
+PACKAGES = (
+    "torch", "numpy", "numba", "stable-baselines3", "torchrl", "tensordict", "liger-kernel", "trl", "verl",
+)  # fmt: skip
 
 
 def version(package: str) -> str:
@@ -28,9 +31,16 @@ def imported(module: str) -> tuple[ModuleType | None, str]:
         return None, f"{module.partition('.')[0]} cannot be imported: {error}"
 
 
-def torchrl_function(name: str) -> tuple[Callable | None, str]:
-    module, why = imported("torchrl.objectives.value.functional")
-    return getattr(module, name, None), why
+def function(module: str, name: str) -> tuple[Any, str]:
+    """What the module calls `name`, or None and why not."""
+    found, why = imported(module)
+    if found is not None and not hasattr(found, name):
+        why = f"{module} has no {name}"
+    return getattr(found, name, None), why
+
+
+def torchrl_function(name: str) -> tuple[Any, str]:
+    return function("torchrl.objectives.value.functional", name)
 
 
 @functools.cache

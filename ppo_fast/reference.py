@@ -236,7 +236,8 @@ def categorical_log_prob(
 
 def linear_logits(hidden, weight, bias=None, softcap=None):
     """softcap(hidden·Wᵀ + bias), in the wider dtype of both, or autocast's."""
-    if not torch.is_autocast_enabled(hidden.device.type):
+    kind = hidden.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # "meta" has none to ask about
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     logits = torch.nn.functional.linear(hidden, weight, bias)

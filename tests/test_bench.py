@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from ppo_fast.bench import harness, machine, main, report
+from ppo_fast.bench import harness, linear_ppo_loss, machine, main, report, vocabulary_peers
 from ppo_fast.bench.harness import COPY, OURS, Provider, Row, Target
 from rich.console import Console
 
@@ -124,6 +124,28 @@ def test_peers_that_break_or_compute_something_else_have_no_time():
     assert status[OURS] == status["eager"] == status[COPY] == ("ok", True)
     assert (status["numba"], status["sb3"]) == (("failed", False), ("differs", False))
     assert status["torchrl-loop"] == ("left out", False)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_peers_of_a_vocabulary_compute_the_same_or_say_why_not(entropy):
+    hidden, weight, targets = torch.randn(40, 8), torch.randn(70, 8), torch.randint(70, (40,))
+    logits = hidden @ weight.T
+    truth = pf.reference.categorical_log_prob(logits.double(), targets)
+    of_hidden, of_logits = vocabulary_peers.from_hidden(entropy), vocabulary_peers.from_logits("float32")
+    rollout = truth[0].float() + 0.1, torch.randn(40), torch.arange(40) % 3 > 0
+    expected, _ = linear_ppo_loss.loss_of(*truth, *(x.double() if x.is_floating_point() else x for x in rollout))
+    found = {name: (f and f(hidden, weight, targets), why) for name, (f, why) in of_hidden.items()}
+    found |= {f"{name} of logits": (f and f(logits, targets), why) for name, (f, why) in of_logits.items()}
+    assert found["torch-chunked"][0] is not None or entropy or "2.13" in found["torch-chunked"][1]
+    for results, why in found.values():
+        assert results is not None or why
+        for x, y in zip(results or (), truth, strict=False):
+            if x is not None:
+                torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+    for loss, why in linear_ppo_loss.losses_of_peers().values():
+        assert loss is not None or why
+        if loss is not None:
+            torch.testing.assert_close(loss(hidden, weight, targets, *rollout).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # --- the floor --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ import ppo_fast as pf
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+MEASURED = {*cases.OPS, "linear_ppo_loss"}
 TINY = [dataclasses.replace(c, shape=c.tiny) for c in CASES]
 in_repository = pytest.mark.skipif(not (ROOT / "bench" / "gpu.sh").exists(), reason="needs the repository")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs bash, coreutils and links")
@@ -68,7 +69,7 @@ def test_the_targets_are_those_of_the_issue():
 
 
 def test_every_op_has_a_case_and_names_are_unique():
-    assert {c.op for c in CASES} == set(cases.OPS)
+    assert {c.op for c in CASES} == MEASURED
     assert len({c.name for c in CASES}) == len(CASES)
     assert all(c.bytes > 0 and c.name for c in CASES)
     first = next(i for i, c in enumerate(CASES) if not c.targets)
@@ -88,8 +89,7 @@ def test_predicted_bytes_are_those_of_the_tensors(case):
     with pf.use_backend("cpu"):
         written = gpu_cases.results(case, gpu_cases.ours(case), x)
     assert case.bytes == sum(n * x[k].nbytes for k, n in reads.items()) + sum(v.nbytes for v in written.values())
-    if case.dtype == "bfloat16":
-        assert x["logits"].dtype == torch.bfloat16
+    assert all(x[name].dtype == case.torch_dtype for name in case.recipe.leaves)
 
 
 @pytest.mark.parametrize("case", TINY, ids=name_of)
@@ -105,6 +105,25 @@ def test_eager_ours_and_truth_are_the_same_function(case):
         common = {k: v for k, v in truth.items() if k in got}
         assert common and ("stats" in got or common.keys() == truth.keys() or case.op.endswith("_ppo_loss"))
         assert refusal(got, got, common, case.recipe.scales, ulps=200.0) == ""
+
+
+@pytest.mark.parametrize("case", [c for c in TINY if c.recipe.truth is not None], ids=name_of)
+def test_truth_in_pieces_is_that_of_all_tokens_at_once(case, monkeypatch):
+    x = case.inputs(CPU)
+    leaves = {k: v.detach().double().requires_grad_() for k, v in x.items() if k in case.recipe.leaves}
+    if case.op == "linear_ppo_loss":
+        out = pf.reference.linear_log_prob(*leaves.values(), x["actions"])
+    else:
+        out = pf.reference.categorical_log_prob(*leaves.values(), x["actions"])
+    loss = gpu_cases.token_loss_of(pf.reference, {**x, "old_log_prob": x["old_log_prob"].double()}, *out)
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    for rows in (1, 5, 512):
+        monkeypatch.setattr(gpu_cases, "PIECE", rows)
+        found = gpu_cases.truth(case, x)
+        assert found.keys() == {"loss", *(f"d {k}" for k in leaves)}
+        torch.testing.assert_close(found.pop("loss"), loss.detach(), rtol=1e-12, atol=1e-15)
+        for name, g in grads.items():
+            torch.testing.assert_close(found[f"d {name}"], g, rtol=1e-11, atol=1e-15)
 
 
 def test_the_in_place_case_overwrites_and_is_restored():
@@ -246,9 +265,12 @@ def test_peers_are_asked_only_where_they_compute_such_a_thing():
             except gpu_peers.Left as why:
                 assert str(why)
                 found[name, case.op] = True
-    for name in ("Liger", "flash-attn", "QuACK", "cut-cross-entropy"):
-        assert {op for (n, op), there in found.items() if n == name and there} == {"categorical_log_prob"}
-    assert {op for (n, op), there in found.items() if n == "JAX" and there} == {"gae"}
+    of = lambda name: {op for (n, op), there in found.items() if n == name and there}  # noqa: E731
+    for name in ("flash-attn", "QuACK", "cut-cross-entropy"):
+        assert of(name) == {"categorical_log_prob"}
+    for name in ("products", "torch, chunked", "TRL", "verl"):
+        assert of(name) == {"linear_ppo_loss"}
+    assert of("Liger") == {"categorical_log_prob", "linear_ppo_loss"} and of("JAX") == {"gae"}
     assert all(found["eager", op] for op in cases.OPS)
 
 
@@ -540,7 +562,7 @@ def test_picture_is_drawn(tmp_path):
     many = [(c, []) for c in CASES]
     shown = [c for c, _ in gpu_report.headlines(many)]
     assert [c for c in shown if c.targets] == [c for c in CASES if c.targets]
-    assert {c.op for c in shown} == set(cases.OPS)
+    assert {c.op for c in shown} == MEASURED
 
 
 def test_results_have_a_folder_of_their_gpu(tmp_path, monkeypatch):

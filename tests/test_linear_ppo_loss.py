@@ -141,6 +141,14 @@ def test_three_products_and_what_leaves_them():
     assert flops(x, stored) == (M + 1) // 2
 
 
+@pytest.mark.parametrize("policy", ["clip_cov", "kl_cov"])
+def test_a_policy_of_the_batch_has_a_fourth_product_only_in_several_chunks(policy):
+    x, stored = example(), rollout(example())
+    config = replace(CONFIG, policy=policy)
+    assert flops(x, stored, config=config) == 3 * M
+    assert flops(x, stored, config=config, logits_memory=1) == 4 * M
+
+
 def clipped(x, stored):
     with torch.no_grad():
         log_prob, _ = pf.linear_log_prob(**x)

@@ -41,12 +41,27 @@ class Gradients:
         made: list[Any] = [None, None, None]
         for i, x in enumerate((head.hidden, head.weight, head.bias)):
             if needed[i] and x is not None:
-                made[i] = torch.zeros(x.shape, dtype=head.dtype if i == 0 else dtype, device=x.device)
+                make = torch.empty if i == 1 else torch.zeros
+                made[i] = make(x.shape, dtype=head.dtype if i == 0 else dtype, device=x.device)
         self.hidden, self.weight, self.bias = made
+        self._is_first = True  # nothing is in `weight` yet: to fill it with zeros and read them again takes time
+
+    def add_to_weight(self, d_logits: Tensor, hidden: Tensor) -> None:
+        """weight += d_logitsᵀ·hidden, summed in the dtype of `weight`: float32 for halves, so that what many chunks add is not
+        rounded away."""
+        to, a = self.weight, d_logits.t()
+        if to.dtype is a.dtype:
+            torch.addmm(to, a, hidden, beta=0.0 if self._is_first else 1.0, out=to)
+        else:
+            found = torch.mm(a, hidden, out_dtype=to.dtype) if a.is_cuda else torch.mm(a, hidden)
+            to.copy_(found) if self._is_first else to.add_(found)
+        self._is_first = False
 
     def results(self, head: Head, shape: torch.Size) -> list[Tensor | None]:
         """In the dtypes of the inputs; `shape` is that of hidden."""
         hidden = self.hidden
+        if self.weight is not None and self._is_first:
+            self.weight.zero_()
         if hidden is not None and head.group is not None:
             torch.distributed.all_reduce(hidden, group=head.group)
         pairs: Any = ((hidden, head.hidden), (self.weight, head.weight), (self.bias, head.bias))
@@ -104,15 +119,22 @@ class Head:
                 begin = end
 
     def chunks(self, backend: Any, ends: list[int] | None) -> Iterator[tuple[slice, slice | Tensor, Chunk]]:
-        """(tokens, those of them that are read, their chunk), one after another in the same memory: a third of what may be,
-        as chunks only have to be large enough for the products. `ends`: see `blocks`."""
+        """(tokens, those of them that are read, their chunk), one after another in the same memory. `ends`: see `blocks`."""
         buffer = None
-        for rows in self.blocks(self.chunk_rows(1 / 3), ends):
+        for rows in self._turns(ends):
             length = rows.stop - rows.start
             if buffer is None or len(buffer) < length:
                 buffer = torch.empty((length, self.vocabulary), dtype=self.dtype, device=self.hidden.device)
             live = self.live(rows)
             yield rows, live, self.forward(backend, live, buffer, True)
+
+    def is_one_chunk(self, ends: list[int] | None) -> bool:
+        """Whether `chunks` gives all tokens at once."""
+        return sum(1 for _ in self._turns(ends)) == 1
+
+    def _turns(self, ends: list[int] | None) -> Iterator[slice]:
+        """A third of the memory that may be, as chunks only have to be large enough for the products."""
+        return self.blocks(self.chunk_rows(1 / 3), ends)
 
     def chunk_rows(self, share: float) -> int:
         return max(1, min(self.n, int(self.memory * share) // self.row_bytes))
@@ -230,7 +252,7 @@ class Head:
             else:
                 to.hidden[rows] = torch.mm(logits, self.cast(self.weight))
         if to.weight is not None:
-            add_product(to.weight, logits.t(), self.hidden[rows].to(self.dtype))
+            to.add_to_weight(logits, self.hidden[rows].to(self.dtype))
         if to.bias is not None:
             to.bias += logits.sum(0, dtype=to.bias.dtype)
 
@@ -248,16 +270,6 @@ def _front(x: Tensor, rows: Tensor) -> Tensor:
         if to != at:
             x[to].copy_(x[at])
     return x[: len(rows)]
-
-
-def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """to += a·b, summed in the dtype of `to`: float32 for halves, so that what many chunks add is not rounded away."""
-    if to.dtype is a.dtype:
-        to.addmm_(a, b)
-    elif to.device.type == "cuda":
-        to += torch.mm(a, b, out_dtype=to.dtype)
-    else:
-        to += torch.mm(a, b)
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -321,11 +333,10 @@ def _check_targets(op: str, targets: Tensor, skipped: Tensor | None, vocabulary:
     """On a GPU the kernels find them, late."""
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
-    wrong = (targets < 0) | (targets >= vocabulary)
-    if skipped is not None:
-        wrong &= ~skipped
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
+    read = targets if skipped is None else targets.masked_fill(skipped, 0)
+    least, most = (x.item() for x in read.aminmax())
+    if least < 0 or most >= vocabulary:
+        at = int(((read < 0) | (read >= vocabulary)).nonzero()[0])
         raise ValueError(f"{op}: targets must be in [0, {vocabulary}), got {int(targets[at])} at {at}")
 
 

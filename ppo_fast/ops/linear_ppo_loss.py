@@ -62,9 +62,9 @@ def linear_ppo_loss(
 
     A token's gradient needs its own log-prob, its weight and, for policies over sequences, those of its sequence: a chunk is
     made of whole sequences then. So it is known while the chunk's logits are alive, and is written over them. ("clip_cov"
-    and "kl_cov" need the whole batch: their logits are computed twice.) Tokens whose gradient is exactly 0 (masked, clipped on
-    the bad side, A = 0) leave both products of the backward on a CPU, where to find them costs no wait; an entropy or KL term
-    gives every valid token one.
+    and "kl_cov" need the whole batch: logits of more than one chunk are computed twice.) Tokens whose gradient is exactly 0
+    (masked, clipped on the bad side, A = 0) leave both products of the backward on a CPU, where to find them costs no wait; an
+    entropy or KL term gives every valid token one.
 
     Gradient: dW is summed in float32 at least. All are made in the forward for a grad_output of 1 and scaled by it in the
     backward, on the device. A second backward over a retained graph computes them again; double backward goes through the
@@ -141,13 +141,19 @@ class _Call:
         ends = self._sequence_ends(head.n) if by_sequence else None
         of_chunk: Any = None
         found = None
-        if with_gradient and policy in OF_THE_BATCH:  # every log-prob first, and then the logits once more
-            for _, live, chunk in head.chunks(self.backend, ends):
-                log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy  # type: ignore[assignment]
-            found = self._loss_of_all(head, log_prob, entropy, values, streams, True)
-            of_chunk = lambda rows, *_: [None if g is None else g.reshape(-1)[rows] for g in found[1]]  # noqa: E731
-        elif with_gradient:
-            of_chunk = _ChunkLoss(self, streams, log_prob)
+
+        def of_all(rows: slice, *_: Tensor) -> list[Tensor | None]:
+            nonlocal found
+            if found is None:
+                found = self._loss_of_all(head, log_prob, entropy, values, streams, True)
+            return [None if g is None else g.reshape(-1)[rows] for g in found[1]]
+
+        if with_gradient:
+            one_chunk, of_the_batch = head.is_one_chunk(ends), policy in OF_THE_BATCH
+            if of_the_batch and not one_chunk:  # every log-prob first, and then the logits once more
+                for _, live, chunk in head.chunks(self.backend, ends):
+                    log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy  # type: ignore[assignment]
+            of_chunk = of_all if one_chunk or of_the_batch else _ChunkLoss(self, streams, log_prob)
         for rows, live, chunk in head.chunks(self.backend, ends):
             log_prob[live], entropy[live] = chunk.log_prob, chunk.entropy  # type: ignore[assignment]
             if of_chunk is not None:
