@@ -30,7 +30,7 @@ from rich.table import Table
 
 from .. import machine, peers
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "table")
 ROOT = Path(__file__).resolve().parents[2]
 
 
