@@ -17,7 +17,8 @@ over responses or tokens); the policy losses vanilla, dppo_tv, dppo_kl, gspo, sa
 
 What differs: whitened advantages and returns are 0 at masked tokens (theirs: what the recursion carried there), a GRPO group
 of one keeps its score (theirs divides by 1 + epsilon), a batch without any token has loss 0 (theirs: 0/0), an action of logit
--inf adds 0 to the entropy (theirs: NaN), and the floats of a policy loss are read in one copy from the device.
+-inf adds 0 to the entropy (theirs: NaN), losses are float32 also of bf16 streams, and the floats of a policy loss are read in
+one copy from the device.
 
 Theirs still: policy losses "clip_cov" (draws at random), "kl_cov" and "geo_mean", whose definitions ours has with other details;
 `agg_loss` and `kl_penalty`, which have neither loops nor copies; Megatron's sharded vocabulary; DTensor and nested tensors;
@@ -84,10 +85,6 @@ def _streams(first: Any, constants: tuple[Tensor | None, ...], mask: Any) -> boo
     return known and all(x.shape == first.shape and x.device == first.device for x in given)
 
 
-def _result(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
-
-
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 
@@ -126,16 +123,16 @@ def compute_reinforce_plus_plus_outcome_advantage(
 
 
 def _scores(rewards: Tensor, mask: Tensor, index: Any) -> tuple[Tensor, Tensor] | None:
-    """A response's score and the number of its group; None where theirs is asked."""
+    """Scores of responses, in double (groups' sums cancel), and the numbers of their groups; None where theirs is asked."""
     if isinstance(index, Tensor) or not (_ours(rewards, wide=True) and _constant(rewards) and _is_mask(mask, rewards)):
         return None
     numbers: dict[Any, int] = {}
     group = [numbers.setdefault(uid, len(numbers)) for uid in index]
-    return rewards.sum(-1), torch.tensor(group, device=rewards.device)
+    return rewards.sum(-1).double(), torch.tensor(group, device=rewards.device)
 
 
-def _at_tokens(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    spread = scores.unsqueeze(-1) * mask
+def _at_tokens(scores: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    spread = scores.to(rewards.dtype).unsqueeze(-1) * mask
     return spread, spread
 
 
@@ -149,7 +146,7 @@ def compute_grpo_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
         )
     grpo = functools.partial(estimators.grpo, eps=epsilon) if norm_adv_by_std_in_grpo else estimators.dr_grpo
-    return _at_tokens(grpo(*known), response_mask)
+    return _at_tokens(grpo(*known), token_level_rewards, response_mask)
 
 
 def compute_rloo_outcome_advantage(
@@ -161,7 +158,7 @@ def compute_rloo_outcome_advantage(
         return theirs.compute_rloo_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, config, **kwargs
         )
-    return _at_tokens(estimators.rloo(*known), response_mask)
+    return _at_tokens(estimators.rloo(*known), token_level_rewards, response_mask)
 
 
 def compute_opo_outcome_advantage(
@@ -173,7 +170,7 @@ def compute_opo_outcome_advantage(
         return theirs.compute_opo_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, config, **kwargs
         )
-    return _at_tokens(estimators.opo(*known, lengths=response_mask.sum(-1)), response_mask)
+    return _at_tokens(estimators.opo(*known, lengths=response_mask.sum(-1)), token_level_rewards, response_mask)
 
 
 def compute_reinforce_plus_plus_baseline_outcome_advantage(
@@ -185,7 +182,7 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
         return theirs.compute_reinforce_plus_plus_baseline_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, config, **kwargs
         )
-    spread = estimators.dr_grpo(*known).unsqueeze(-1).expand(response_mask.shape)
+    spread = estimators.dr_grpo(*known).to(token_level_rewards.dtype).unsqueeze(-1).expand(response_mask.shape)
     whitened = whiten(spread, mask=response_mask, eps_in_variance=True)
     return whitened, whitened
 
@@ -354,8 +351,8 @@ POLICIES = {
 
 def policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """Our form of verl's policy loss `mode`."""
-    form, original = POLICIES[mode], core_algos.POLICY_LOSS_REGISTRY[mode]
-    default = inspect.signature(original).parameters["loss_agg_mode"].default
+    form, original = POLICIES[mode], f"compute_policy_loss_{mode}"
+    default = inspect.signature(getattr(theirs, original)).parameters["loss_agg_mode"].default
 
     def loss(
         old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = default,
@@ -365,7 +362,7 @@ def policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
         if config is not None and _streams(log_prob, (old_log_prob, advantages, rollout_is_weights), response_mask):
             made = _definition(form, response_mask, loss_agg_mode, config)
         if made is None:
-            return original(
+            return getattr(theirs, original)(
                 old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights
             )
         ours, denominator = made
@@ -376,7 +373,6 @@ def policy_loss(mode: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
         total, stats = ppo_loss(
             log_prob, old_log_prob, advantages, ours, mask=response_mask, weights=weights, denominator=denominator
         )
-        total = total.to(_result(log_prob, old_log_prob, advantages))
         if not form.metrics:
             return total, {}
         with torch.no_grad():
@@ -418,7 +414,7 @@ def compute_value_loss(
         no_policy, no_policy, no_policy, config, values=vpreds, old_values=values, returns=returns, mask=response_mask,
         denominator=reduced[1],
     )  # fmt: skip
-    return loss.to(_result(vpreds, returns, values)), stats.value_clip_fraction
+    return loss, stats.value_clip_fraction
 
 
 _CORE, _FUNCTIONAL = "verl.trainer.ppo.core_algos", "verl.utils.torch_functional"
