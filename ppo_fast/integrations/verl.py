@@ -88,38 +88,47 @@ def _streams(first: Any, constants: tuple[Tensor | None, ...], mask: Any) -> boo
 # --- advantages -------------------------------------------------------------------------------------------------------
 
 
-def _can_whiten(x: Any, mask: Any) -> bool:
-    """Of one valid element and of none verl raises."""
-    return _ours(x, wide=True) and _constant(x) and _is_mask(mask, x) and int(mask.sum()) > 1
+def _valid(x: Any, mask: Any) -> Tensor | None:
+    """The mask as our kernels read it fastest; None where theirs is asked: of one valid element and of none it raises."""
+    if not (_ours(x, wide=True) and _constant(x) and _is_mask(mask, x)):
+        return None
+    valid = mask.bool()
+    return valid if valid.count_nonzero() > 1 else None
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    if not _can_whiten(values, mask):
+    valid = _valid(values, mask)
+    if valid is None:
         return theirs.masked_whiten(values, mask, shift_mean)
-    return whiten(values, mask=mask, eps_in_variance=True, shift_mean=shift_mean)
+    return whiten(values, mask=valid, eps_in_variance=True, shift_mean=shift_mean)
 
 
 def compute_gae_advantage_return(
     token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: Any, lam: Any
 ) -> tuple[Tensor, Tensor]:
     rates = all(isinstance(x, (int, float)) and 0.0 <= x <= 1.0 for x in (gamma, lam))
-    known = rates and _can_whiten(token_level_rewards, response_mask) and _ours(values, wide=True)
-    if not known or values.shape != token_level_rewards.shape or values.ndim != 2:
+    shapes = values.shape == token_level_rewards.shape and values.ndim == 2
+    valid = None
+    if rates and shapes and _ours(values, wide=True):
+        valid = _valid(token_level_rewards, response_mask)
+    if valid is None:
         return theirs.compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam)
-    estimates, returns = gae(token_level_rewards, values, mask=response_mask, gamma=gamma, lam=lam, time_dim=1)
-    return whiten(estimates, mask=response_mask, eps_in_variance=True), returns
+    estimates, returns = gae(token_level_rewards, values, mask=valid, gamma=gamma, lam=lam, time_dim=1)
+    return whiten(estimates, mask=valid, eps_in_variance=True), returns
 
 
 def compute_reinforce_plus_plus_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    known = config is not None and token_level_rewards.ndim == 2 and _can_whiten(token_level_rewards, response_mask)
-    if not known or not 0.0 <= config.gamma <= 1.0:
+    valid = None
+    if config is not None and token_level_rewards.ndim == 2 and 0.0 <= config.gamma <= 1.0:
+        valid = _valid(token_level_rewards, response_mask)
+    if valid is None:
         return theirs.compute_reinforce_plus_plus_outcome_advantage(
             token_level_rewards, response_mask, config, **kwargs
         )
-    returns = discounted_returns(token_level_rewards, mask=response_mask, gamma=config.gamma, time_dim=1)
-    return whiten(returns, mask=response_mask, eps_in_variance=True), returns
+    returns = discounted_returns(token_level_rewards, mask=valid, gamma=config.gamma, time_dim=1)
+    return whiten(returns, mask=valid, eps_in_variance=True), returns
 
 
 def _scores(rewards: Tensor, mask: Tensor, index: Any) -> tuple[Tensor, Tensor] | None:
@@ -177,13 +186,13 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    known = _scores(token_level_rewards, response_mask, index)
-    if known is None or not _can_whiten(token_level_rewards, response_mask):
+    known, valid = _scores(token_level_rewards, response_mask, index), _valid(token_level_rewards, response_mask)
+    if known is None or valid is None:
         return theirs.compute_reinforce_plus_plus_baseline_outcome_advantage(
             token_level_rewards, response_mask, index, epsilon, config, **kwargs
         )
-    spread = estimators.dr_grpo(*known).to(token_level_rewards.dtype).unsqueeze(-1).expand(response_mask.shape)
-    whitened = whiten(spread, mask=response_mask, eps_in_variance=True)
+    spread = estimators.dr_grpo(*known).to(token_level_rewards.dtype).unsqueeze(-1).expand(valid.shape)
+    whitened = whiten(spread, mask=valid, eps_in_variance=True)
     return whitened, whitened
 
 
