@@ -16,4 +16,5 @@ scripts offer nothing to hook into: `python -m ppo_fast.integrations.cleanrl ppo
 TRAINERS = {
     "sb3": "stable-baselines3",
     "sb3_contrib": "sb3-contrib",
+    "verl": "verl",
 }

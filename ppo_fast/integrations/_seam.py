@@ -20,7 +20,7 @@ _taken: dict[tuple[int, str], str] = {}
 class Seam:
     """One attribute of a trainer and what stands there while its integration is enabled."""
 
-    #: "package.module:attribute" or "package.module:Class.method"
+    #: "package.module:attribute", "package.module:Class.method", or "package.module:REGISTRY[key]", an item of a dict
     where: str
     ours: Any
     #: Parameters that theirs must have, "self, x, *, y"; several where versions differ in ways that ours follows. Defaults
@@ -32,13 +32,33 @@ class Seam:
     def owner(self) -> Any:
         module, _, path = self.where.partition(":")
         owner: Any = importlib.import_module(module)
-        for name in path.split(".")[:-1]:
+        for name in _names(path)[:-1]:
             owner = getattr(owner, name)
         return owner
 
     @property
     def name(self) -> str:
-        return self.where.rpartition(":")[2].rpartition(".")[2]
+        return _names(self.where.rpartition(":")[2])[-1]
+
+
+def _names(path: str) -> list[str]:
+    return path.removesuffix("]").replace("[", ".").split(".")
+
+
+def attributes_of(owner: Any) -> Any:
+    """What stands in the owner itself, by name; `get` sees what is inherited too."""
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def get(owner: Any, name: str) -> Any:
+    return owner[name] if isinstance(owner, dict) else getattr(owner, name)
+
+
+def put(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)
 
 
 def require(package: str, at_least: str, below: str, extra: str = "") -> str:
@@ -99,8 +119,8 @@ class Integration:
         for seam in self.seams:
             try:
                 owner = seam.owner()
-                theirs = getattr(owner, seam.name)
-            except (ImportError, AttributeError) as error:
+                theirs = get(owner, seam.name)
+            except (ImportError, AttributeError, KeyError) as error:
                 raise ImportError(
                     f"ppo_fast.integrations.{self.name}: {self.package} {version} has no {seam.where} ({error}); "
                     "nothing was changed"
@@ -127,9 +147,9 @@ class Integration:
         self.check()
         places = [(place, seam) for seam in self.seams for place in self._places(seam)]
         for owner, seam in places:
-            self._replaced.append((owner, seam.name, vars(owner).get(seam.name), seam.ours))
+            self._replaced.append((owner, seam.name, attributes_of(owner).get(seam.name), seam.ours))
             _taken[id(owner), seam.name] = self.name
-            setattr(owner, seam.name, seam.ours)
+            put(owner, seam.name, seam.ours)
         for owner, seam in places:
             for subclass in _overriding(owner, seam):
                 warnings.warn(
@@ -156,12 +176,12 @@ class Integration:
         left = []
         for owner, name, theirs, ours in reversed(self._replaced):
             _taken.pop((id(owner), name), None)
-            if vars(owner).get(name) is not ours:
-                left.append(f"{getattr(owner, '__qualname__', None) or owner.__name__}.{name}")
+            if attributes_of(owner).get(name) is not ours:
+                left.append(f"{getattr(owner, '__qualname__', getattr(owner, '__name__', 'a registry'))}.{name}")
             elif theirs is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, theirs)
+                put(owner, name, theirs)
         self._replaced = []
         if left:
             warnings.warn(
@@ -184,7 +204,7 @@ class Integration:
 
     def _places(self, seam: Seam) -> list[Any]:
         owner = seam.owner()
-        theirs = getattr(owner, seam.name)
+        theirs = get(owner, seam.name)
         importers = [sys.modules[name] for name in seam.importers if name in sys.modules]
         return [owner, *(module for module in importers if vars(module).get(seam.name) is theirs)]
 

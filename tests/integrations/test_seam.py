@@ -32,6 +32,8 @@ def trainer(monkeypatch):
 
         class Child(PPO):
             pass
+
+        LOSSES = {"vanilla": returns}
     """
     exec(textwrap.dedent(source), module.__dict__)
     importer.returns = module.returns
@@ -85,6 +87,23 @@ def test_enable_replaces_and_disable_restores_exactly(trainer):
     a.disable()
     assert not a.is_enabled and answers(trainer) == ["theirs"] * 5
     assert everything(trainer) == before  # the same objects; what was inherited is inherited again
+
+
+def test_an_item_of_a_registry(trainer):
+    a = integration(seams={"a_trainer:LOSSES[vanilla]": ("rewards, *, gamma", ())})
+    theirs = dict(trainer.LOSSES)
+    with a.enabled():
+        assert {"vanilla": ours} == trainer.LOSSES and trainer.returns(1) == "ours"
+        with pytest.raises(RuntimeError, match=r"LOSSES\[vanilla\] is held by ppo_fast.integrations.a"):
+            _seam.Integration("b", "a-trainer", "1.2", "2", [_seam.Seam("a_trainer:LOSSES[vanilla]", ours)]).enable()
+    assert theirs == trainer.LOSSES
+    with a.enabled():
+        trainer.LOSSES["vanilla"] = other = lambda rewards: "others"
+        with pytest.warns(UserWarning, match="a registry.vanilla was replaced by others"):
+            a.disable()
+    assert {"vanilla": other} == trainer.LOSSES
+    with pytest.raises(ImportError, match=r"has no a_trainer:LOSSES\[gone\]"):
+        integration(seams={"a_trainer:LOSSES[gone]": ("x", ())}).enable()
 
 
 def test_context_manager_restores_after_an_exception_and_nests(trainer):
@@ -210,7 +229,8 @@ def test_importing_changes_nothing_and_enable_is_exact(name):
             print("SKIP", error)
             sys.exit()
         seams = module._integration.seams
-        state = lambda: [vars(s.owner()).get(s.name) for s in seams]
+        from ppo_fast.integrations._seam import attributes_of
+        state = lambda: [attributes_of(s.owner()).get(s.name) for s in seams]
         before = state()
         assert not any(now is s.ours for now, s in zip(before, seams))
         module.enable()

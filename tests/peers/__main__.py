@@ -74,6 +74,8 @@ def installed(peer: Peer, folder: Path) -> Path:
 def source_of(peer: Peer, folder: Path, given: Path | None) -> tuple[Path, str]:
     """The root of the files that its tests are in, and what to call them."""
     at = folder / "source"
+    if peer.tests_from == "wheel":
+        return folder / "packages", f"wheel {peer.version}"
     if isinstance(peer.tests_from, str):
         if not at.exists():
             download = folder / "download"
@@ -93,10 +95,17 @@ def source_of(peer: Peer, folder: Path, given: Path | None) -> tuple[Path, str]:
         commit = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
         archive = subprocess.Popen([*git, "archive", "HEAD"], stdout=subprocess.PIPE)
         subprocess.run(["tar", "-x", "-C", str(at)], stdin=archive.stdout, check=True)
+        _remove(at, peer.shadows)
         return at, f"{url.rsplit('/', 2)[-2]}/{url.rsplit('/', 1)[-1]}@{commit.stdout.strip()}"
     if not at.exists():
         subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", tag, url, str(at)], check=True)
+        _remove(at, peer.shadows)
     return at, tag
+
+
+def _remove(root: Path, folders: tuple[str, ...]) -> None:
+    for folder in folders:
+        shutil.rmtree(root / folder)
 
 
 def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: float) -> dict[str, str]:
@@ -104,14 +113,14 @@ def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: 
     report = source / f"report-{'with' if enabled else 'without'}.xml"
     report.unlink(missing_ok=True)
     stubs = ROOT / "tests/peers/stubs" / peer.name
-    path = [ROOT, packages, *(source / x for x in peer.from_source), stubs]
+    path = [ROOT, ROOT / "tests/peers/plugin", packages, *(source / x for x in peer.from_source), stubs]
     environment = {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **peer.environment,
         "PPO_FAST_PEER": peer.name if enabled else "",
         "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "tests.peers.plugin", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-q", "-p", "ppo_fast_peer", "-p", "no:cacheprovider",
         f"--junitxml={report}", *peer.paths, *peer.arguments,
     ]  # fmt: skip
     log = report.with_suffix(".log")

@@ -16,7 +16,8 @@ class Peer:
     version: str
     #: Pinned distributions that are installed beside it, without their dependencies: what .venv lacks.
     beside: tuple[str, ...] = ()
-    #: Where the test files come from: "sdist" of that version, or a repository and the tag to clone.
+    #: Where the test files come from: "sdist" of that version, "wheel" where that has them, or a repository and the tag to
+    #: clone.
     tests_from: str | tuple[str, str] = "sdist"
     #: Files or folders for pytest, in the root of the sdist or the repository.
     paths: tuple[str, ...] = ("tests",)
@@ -24,6 +25,8 @@ class Peer:
     arguments: tuple[str, ...] = ()
     #: Where no wheel can be installed: folders of the repository that are put on the path in place of it.
     from_source: tuple[str, ...] = ()
+    #: Folders of the repository that are removed, so that tests find the installed package and not the checkout's.
+    shadows: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -42,6 +45,42 @@ PEERS = {
             "sb3-contrib",
             "2.9.2",
             paths=("tests/test_invalid_actions.py", "tests/test_lstm.py", "tests/test_distributions.py"),
+        ),
+        Peer(
+            "verl",
+            "verl",
+            "0.9.1",
+            beside=(
+                "ray==2.60.0",
+                "hydra-core==1.3.8",
+                "omegaconf==2.4.0",
+                "antlr4-python3-runtime==4.9.3",
+                "orjson==3.13.0",
+                "codetiming==1.4.0",
+                "msgpack==1.2.4",
+                "requests==2.34.2",
+                "urllib3",
+                "idna",
+                "certifi",
+                "charset-normalizer",
+                "jsonschema==4.26.0",
+                "attrs",
+                "referencing",
+                "rpds-py",
+                "jsonschema-specifications",
+            ),
+            tests_from="wheel",
+            paths=tuple(
+                f"tests/trainer/ppo/test_{name}_on_cpu.py"
+                for name in (
+                    "core_algos",
+                    "loss_aggregation",
+                    "dynamic_policy_losses",
+                    "value_loss_normalization",
+                    "reinforce_pp_multiturn",
+                    "metric_utils",
+                )
+            ),
         ),
     )
 }
