@@ -15,4 +15,5 @@ Modules whose trainer offers subclasses or registries have those too; each docst
 TRAINERS = {
     "sb3": "stable-baselines3",
     "sb3_contrib": "sb3-contrib",
+    "rsl_rl": "rsl-rl-lib",
 }

@@ -93,10 +93,17 @@ def source_of(peer: Peer, folder: Path, given: Path | None) -> tuple[Path, str]:
         commit = subprocess.run([*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True, check=True)
         archive = subprocess.Popen([*git, "archive", "HEAD"], stdout=subprocess.PIPE)
         subprocess.run(["tar", "-x", "-C", str(at)], stdin=archive.stdout, check=True)
+        _remove(at, peer.shadows)
         return at, f"{url.rsplit('/', 2)[-2]}/{url.rsplit('/', 1)[-1]}@{commit.stdout.strip()}"
     if not at.exists():
         subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", tag, url, str(at)], check=True)
+        _remove(at, peer.shadows)
     return at, tag
+
+
+def _remove(root: Path, folders: tuple[str, ...]) -> None:
+    for folder in folders:
+        shutil.rmtree(root / folder)
 
 
 def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: float) -> dict[str, str]:

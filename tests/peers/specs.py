@@ -24,6 +24,8 @@ class Peer:
     arguments: tuple[str, ...] = ()
     #: Where no wheel can be installed: folders of the repository that are put on the path in place of it.
     from_source: tuple[str, ...] = ()
+    #: Folders of the repository that are removed, so that tests find the installed package and not the checkout's.
+    shadows: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -42,6 +44,20 @@ PEERS = {
             "sb3-contrib",
             "2.9.2",
             paths=("tests/test_invalid_actions.py", "tests/test_lstm.py", "tests/test_distributions.py"),
+        ),
+        Peer(
+            "rsl_rl",
+            "rsl-rl-lib",
+            "5.5.1",
+            tests_from=("https://github.com/leggedrobotics/rsl_rl", "v5.5.1"),
+            paths=(
+                "tests/algorithms/test_ppo.py",
+                "tests/storage",
+                "tests/modules",
+                "tests/extensions",
+                "tests/runners",
+            ),
+            shadows=("rsl_rl",),
         ),
     )
 }
