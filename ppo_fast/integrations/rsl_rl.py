@@ -12,6 +12,7 @@ environment is left unnormalised where theirs is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,10 +22,15 @@ from .. import LossConfig, gae, normal_ppo_loss, ppo_loss, whiten
 from ..outputs import PPOLoss, Stats
 from . import _seam
 
-_seam.require("rsl-rl-lib", "5.5", "6")
+_seam.require("rsl-rl-lib", "5.5", "5.6")
 import rsl_rl.algorithms  # noqa: E402
 from rsl_rl.models import MLPModel  # noqa: E402
 from rsl_rl.modules import distribution  # noqa: E402
+from rsl_rl.storage import RolloutStorage  # noqa: E402
+
+#: Minibatches of rollouts up to this size are gathered once; larger ones in every epoch, so that no second copy of the
+#: observations is held.
+WHOLE_ROLLOUT_BYTES = 64 << 20
 
 _theirs = rsl_rl.algorithms.PPO.update
 
@@ -113,6 +119,17 @@ def adapt_learning_rate(self: Any, kl: float) -> None:
         group["lr"] = self.learning_rate
 
 
+def minibatches(self: Any) -> Iterable[Any]:
+    """All minibatches of all epochs. Epochs share one permutation, so theirs gathers the same minibatches in each."""
+    storage, epochs = self.storage, self.num_learning_epochs
+    if self.actor.is_recurrent or self.critic.is_recurrent:
+        return storage.recurrent_mini_batch_generator(self.num_mini_batches, epochs)
+    plain = type(storage).mini_batch_generator is RolloutStorage.mini_batch_generator
+    if not plain or sum(x.nbytes for x in storage.observations.values()) > WHOLE_ROLLOUT_BYTES:
+        return storage.mini_batch_generator(self.num_mini_batches, epochs)
+    return list(storage.mini_batch_generator(self.num_mini_batches, 1)) * epochs
+
+
 def update(self: Any) -> dict[str, float]:
     """`PPO.update`."""
     if self.rnd or self.symmetry:
@@ -123,13 +140,11 @@ def update(self: Any) -> dict[str, float]:
         normalize_advantages=self.normalize_advantage_per_mini_batch,
     )  # fmt: skip
     actor, critic, storage = self.actor, self.critic, self.storage
-    recurrent = actor.is_recurrent or critic.is_recurrent
-    minibatches = storage.recurrent_mini_batch_generator if recurrent else storage.mini_batch_generator
     adaptive = self.desired_kl is not None and self.schedule == "adaptive"
     mixed = {"device_type": torch.device(self.device).type, "enabled": self.use_mixed_precision}
     networks = [list(x.parameters()) for x in (actor, critic)]
     stats: list[Tensor] = []  # of every minibatch
-    for batch in minibatches(self.num_mini_batches, self.num_learning_epochs):
+    for batch in minibatches(self):
         with torch.amp.autocast(**mixed, dtype=torch.bfloat16):
             of_actor, of_critic = batch.hidden_states
             actor(batch.observations, masks=batch.masks, hidden_state=of_actor, stochastic_output=True)
@@ -166,7 +181,7 @@ _integration = _seam.Integration(
     "rsl_rl",
     "rsl-rl-lib",
     "5.5",
-    "6",
+    "5.6",
     [
         _seam.Seam(f"{_PPO}.compute_returns", compute_returns, "self, obs"),
         _seam.Seam(f"{_PPO}.update", update, "self"),

@@ -121,6 +121,14 @@ def test_mixed_precision_stays_near():
         assert y == {key: pytest.approx(value, rel=5e-2, abs=2e-2) for key, value in x.items()}
 
 
+def test_large_rollouts_are_gathered_in_every_epoch(monkeypatch):
+    expected, got = algorithm(ours.PPO), algorithm(ours.PPO)
+    trained(expected)
+    monkeypatch.setattr(ours, "WHOLE_ROLLOUT_BYTES", 0)
+    trained(got)
+    assert all(torch.equal(x, y) for x, y in zip(expected.actor.parameters(), got.actor.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("envs, steps", [(1, 7), (5, 1), (33, 24)])
 @pytest.mark.parametrize("per_minibatch", [True, False])
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])

@@ -111,13 +111,13 @@ def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: 
     report = source / f"report-{'with' if enabled else 'without'}.xml"
     report.unlink(missing_ok=True)
     stubs = ROOT / "tests/peers/stubs" / peer.name
-    path = [ROOT, packages, *(source / x for x in peer.from_source), stubs]
+    path = [ROOT, ROOT / "tests/peers/plugin", packages, *(source / x for x in peer.from_source), stubs]
     environment = {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **peer.environment, "PPO_FAST_PEER": peer.name if enabled else "",
         "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "tests.peers.plugin", "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-q", "-p", "ppo_fast_peer", "-p", "no:cacheprovider",
         f"--junitxml={report}", *peer.paths, *peer.arguments,
     ]  # fmt: skip
     log = report.with_suffix(".log")
