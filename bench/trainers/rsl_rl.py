@@ -24,7 +24,7 @@ def measure(enabled: bool, seed: int, quick: bool) -> dict[str, Any]:
     class Pendulums(VecEnv):
         """Gymnasium's Pendulum-v1; an episode is 200 steps, at different times for each."""
 
-        num_envs, num_actions, max_episode_length, device, cfg = 512, 1, 200, "cpu", {}  # noqa: RUF012
+        num_envs, num_actions, max_episode_length, device, cfg = 512, 1, 200, "cpu", {}
 
         def __init__(self) -> None:
             self.state = torch.empty(self.num_envs, 2)
