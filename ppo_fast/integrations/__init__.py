@@ -16,4 +16,5 @@ TRAINERS = {
     "sb3": "stable-baselines3",
     "sb3_contrib": "sb3-contrib",
     "rsl_rl": "rsl-rl-lib",
+    "skrl": "skrl",
 }

@@ -59,5 +59,14 @@ PEERS = {
             ),
             shadows=("rsl_rl",),
         ),
+        Peer(
+            "skrl",
+            "skrl",
+            "2.1.1",
+            tests_from=("https://github.com/Toni-SM/skrl", "2.0.0"),
+            paths=tuple(f"tests/agents/torch/test_{name}.py" for name in ("a2c", "amp", "ppo", "rpo", "trpo")),
+            arguments=("-p", "skrl_fields"),  # the public repository has the tests of 2.0; see the stub
+            shadows=("skrl",),
+        ),
     )
 }
