@@ -1,6 +1,6 @@
 """The README's table of trainers, from bench/results/peers/tests.csv and bench/results/trainers/*.csv, and from nothing else.
 
-    python -m bench.trainers.table
+python -m bench.trainers.table
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ REPLACED = {
     "sb3_contrib": "updates of MaskablePPO and RecurrentPPO",
     "cleanrl": "advantages and loss: two calls in a copy of the script",
 }
-HEADER = ("trainer", "version", "on our kernels", "own tests passed, without → with", "update without → with", "peak memory")
+HEADER = (
+    "trainer",
+    "version",
+    "on our kernels",
+    "own tests passed, without → with",
+    "update without → with",
+    "peak memory",
+)
 
 
 def tests() -> dict[str, dict[str, str]]:

@@ -17,4 +17,6 @@ TRAINERS = {
     "sb3": "stable-baselines3",
     "sb3_contrib": "sb3-contrib",
     "verl": "verl",
+    "rsl_rl": "rsl-rl-lib",
+    "skrl": "skrl",
 }

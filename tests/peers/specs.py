@@ -82,5 +82,28 @@ PEERS = {
                 )
             ),
         ),
+        Peer(
+            "rsl_rl",
+            "rsl-rl-lib",
+            "5.5.1",
+            tests_from=("https://github.com/leggedrobotics/rsl_rl", "v5.5.1"),
+            paths=(
+                "tests/algorithms/test_ppo.py",
+                "tests/storage",
+                "tests/modules",
+                "tests/extensions",
+                "tests/runners",
+            ),
+            shadows=("rsl_rl",),
+        ),
+        Peer(
+            "skrl",
+            "skrl",
+            "2.1.1",
+            tests_from=("https://github.com/Toni-SM/skrl", "2.0.0"),
+            paths=tuple(f"tests/agents/torch/test_{name}.py" for name in ("a2c", "amp", "ppo", "rpo", "trpo")),
+            arguments=("-p", "skrl_fields"),  # the public repository has the tests of 2.0; see the stub
+            shadows=("skrl",),
+        ),
     )
 }
