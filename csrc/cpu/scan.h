@@ -281,13 +281,8 @@ void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int6
     if constexpr (Op::kValues) {
       const T* value = tile.values.data;
       if (has.mask) {
-        for (int64_t t = length - 1; t >= 0; --t) {
-          after[t] = next;
-          if (tile.mask.data[t])
-            next = value[t];
-          else if (!has.carry)
-            next = T(0);
-        }
+        next = has.carry ? values_after<true>(value, tile.mask.data, length, next, after)
+                         : values_after<false>(value, tile.mask.data, length, next, after);
       } else {
         std::memcpy(after, value + 1, (length - 1) * sizeof(T));
         after[length - 1] = next;

@@ -252,6 +252,85 @@ PF_INLINE void store_groups(const Vec<T>* step, T* p) {
   }
 }
 
+template <class T, int kBy>
+struct ShiftDown {  // a's lanes from kBy on, then b's first
+  static constexpr int at(int l) { return l + kBy; }
+};
+template <class T, int kBy, class V>
+PF_INLINE V shift_down(const V& a, const V& b) {
+  const auto shift = [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, ShiftDown<T, kBy>::at(I)...);
+  };
+  return shift(std::make_integer_sequence<int, Registers<T>::kPer>{});
+}
+
+// Whether all, or none, of kSpan flags are set.
+PF_INLINE void uniform_flags(const uint8_t* p, bool& all, bool& none) {
+  uint64_t any = 0, zero = 0;
+  for (int64_t i = 0; i < kSpan; i += 8) {
+    uint64_t w;
+    std::memcpy(&w, p + i, 8);
+    any |= w;
+    zero |= (w - 0x0101010101010101u) & ~w & 0x8080808080808080u;  // not 0 where a byte is 0
+  }
+  all = zero == 0, none = any == 0;
+}
+
+// V of the state after each of `length` steps of a column that has a mask: that of the next step which is kept
+// (kCarry), or of the next step, 0 where it is not kept. `next` is V after the last one. Returns V of the first: what
+// comes before it in time is told so. Reads and writes whole spans. Masks of tokens are long runs; others are filled
+// without a branch.
+template <bool kCarry, class T>
+PF_INLINE T values_after(const T* value, const uint8_t* mask, int64_t length, T next, T* after) {
+  using R = Registers<T>;
+  alignas(64) T lane[kLanes];
+  for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<T>(l);
+  for (int64_t span = (length - 1) / kSpan * kSpan; span >= 0; span -= kSpan) {
+    bool all = false, none = false;
+    if (length - span >= kSpan) uniform_flags(mask + span, all, none);
+    if (all) {
+      std::memcpy(after + span, value + span + 1, (kSpan - 1) * sizeof(T));
+      after[span + kSpan - 1] = next;
+      next = value[span];
+      continue;
+    }
+    if (none) {
+      std::fill(after + span, after + span + kSpan, kCarry ? next : T(0));
+      after[span + kSpan - 1] = next;
+      next = kCarry ? next : T(0);
+      continue;
+    }
+    for (int64_t t = std::min(span + kSpan - kLanes, (length - 1) / kLanes * kLanes); t >= span; t -= kLanes) {
+      const Mask<T> kept = load_flags<T>(mask + t);
+      const Mask<T> inside = Vec<T>::load(lane) < Vec<T>(static_cast<T>(length - t));
+      const Vec<T> values = Vec<T>::load(value + t);
+      for (int i = R::kCount - 1; i >= 0; --i) {
+        const typename R::Float later = next - typename R::Float{};
+        typename R::Bits known = inside.r[i] & kept.r[i];
+        typename R::Float x = known ? values.r[i] : typename R::Float{};
+        if constexpr (kCarry) {  // each lane takes the nearest known one above it, from twice as far each time
+          const auto fill = [&](auto by) __attribute__((always_inline)) {
+            if constexpr (by < R::kPer) {
+              x = known ? x : shift_down<T, by>(x, x);
+              known |= shift_down<T, by>(known, typename R::Bits{});
+            }
+          };
+          fill(std::integral_constant<int, 1>{});
+          fill(std::integral_constant<int, 2>{});
+          fill(std::integral_constant<int, 4>{});
+          fill(std::integral_constant<int, 8>{});
+          x = known ? x : later;
+        } else {
+          x = inside.r[i] ? x : later;
+        }
+        *reinterpret_cast<typename R::LooseFloat*>(after + t + i * R::kPer) = shift_down<T, 1>(x, later);
+        next = x[0];
+      }
+    }
+  }
+  return next;
+}
+
 // A group of four flags is one 32-bit word.
 template <class T>
 struct FlagWords {
