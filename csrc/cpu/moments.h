@@ -35,13 +35,14 @@ struct ShiftedMoments {
   }
 };
 
-// Those of n elements that are valid(i), i a multiple of the lanes; not `masked`: all.
-template <class T, class Valid>
-inline Moments tile_moments(const T* x, bool masked, int64_t n, const Moments& so_far, Valid&& valid) {
+// The valid ones of n elements; mask == nullptr: all.
+template <class T>
+inline Moments tile_moments(const T* x, const T* mask, int64_t n, const Moments& so_far) {
   using V = Vec<T>;
   const auto at = [&](int64_t i) { return V::load(x + i); };
+  const auto valid = [&](int64_t i) { return tile_valid<T>(mask, i, n); };
   ShiftedMoments<T> moments(so_far, n, at, valid);
-  const int64_t whole = masked ? 0 : n / kLanes * kLanes;
+  const int64_t whole = mask ? 0 : n / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) moments.add(at(i) - moments.shift);
   const V zero(T(0));
   V count = zero;
@@ -50,11 +51,7 @@ inline Moments tile_moments(const T* x, bool masked, int64_t n, const Moments& s
     moments.add(select(m, at(i) - moments.shift, zero));
     count = count + select(m, V(T(1)), zero);
   }
-  return moments.finish(masked ? static_cast<double>(sum_of_lanes(count)) : static_cast<double>(n));
-}
-template <class T>
-inline Moments tile_moments(const T* x, const T* mask, int64_t n, const Moments& so_far) {
-  return tile_moments(x, mask != nullptr, n, so_far, [&](int64_t i) { return tile_valid<T>(mask, i, n); });
+  return moments.finish(mask ? static_cast<double>(sum_of_lanes(count)) : static_cast<double>(n));
 }
 
 }  // namespace PF_ISA

@@ -2,7 +2,6 @@
 // association (math/advantage.h): `across` holds sixteen columns in a vector and suits memory where columns are
 // neighbours; `along` holds sixteen groups of steps of one column and suits memory where steps are.
 #pragma once
-#include "moments.h"
 #include "scan_tile.h"
 
 namespace pf {
@@ -104,61 +103,12 @@ inline void read_rates(const ScanArgs& a, int64_t first, int64_t n, T* gamma, T*
   }
 }
 
-// Moments of what a walker has just written, while it is in L1: runs come one after the other and may be short, so they
-// are collected until there is a tile of them.
-template <class T>
-class RunMoments {
- public:
-  explicit RunMoments(Moments* sum) : sum_(sum) {}  // nullptr: nobody wants them
-  RunMoments(const RunMoments&) = delete;
-  ~RunMoments() {
-    if (n_ > 0) add_tile(x_, keep_, n_);
-  }
-
-  // Rows of n elements, `ld` apart, and whether each counts.
-  void add(const T* x, int64_t ld, const TileView<uint8_t>& mask, int64_t rows, int64_t n) {
-    if (!sum_) return;
-    masked_ = bool(mask);
-    if (ld == n && (!mask || mask.ld == n)) n *= rows, rows = 1;
-    for (int64_t i = 0; i < rows; ++i) append(x + i * ld, masked_ ? mask.at(i, 0) : keep_, n);
-  }
-
- private:
-  static constexpr int64_t kTile = 1024;
-  Moments* sum_;
-  bool masked_ = false;
-  int64_t n_ = 0;
-  alignas(64) T x_[kTile];
-  alignas(64) uint8_t keep_[kTile];
-
-  void append(const T* x, const uint8_t* keep, int64_t n) {
-    for (int64_t some; n > 0; x += some, n -= some) {
-      some = std::min(n, kTile - n_);
-      if (some == kTile) {  // lies in memory as a tile would
-        add_tile(x, keep, kTile);
-      } else {
-        std::memcpy(x_ + n_, x, some * sizeof(T));
-        if (masked_) std::memcpy(keep_ + n_, keep, some);
-        n_ += some;
-        if (n_ == kTile) add_tile(x_, keep_, kTile), n_ = 0;
-      }
-      if (masked_) keep += some;
-    }
-  }
-  void add_tile(const T* x, const uint8_t* keep, int64_t n) {
-    for (int64_t i = n; i < padded(n); ++i) x_[i] = T(0), keep_[i] = 0;
-    sum_->merge(masked_ ? tile_moments(x, true, n, *sum_, [&](int64_t i) { return load_flags<T>(keep + i); })
-                        : tile_moments<T>(x, nullptr, n, *sum_));
-  }
-};
-
 // Columns [first, first + n), n at most kMaxColumns.
 template <class Op, class T, bool kPlain>
-void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool streaming, Moments* sum) {
+void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool streaming) {
   using V = Vec<T>;
   using M = Mask<T>;
   ScanBuffers<T> scratch;
-  RunMoments<T> moments(sum);
   alignas(64) T trace[kMaxColumns], next[kMaxColumns], gamma[kMaxColumns], decay[kMaxColumns];
   const int64_t width = padded(n);
   std::fill(trace, trace + width, T(0));
@@ -245,10 +195,6 @@ void across(const ScanArgs& a, const Op& op, int64_t first, int64_t n, bool stre
         for (int64_t c = 0; c < n; c += kLanes) group(c, false);
       }
     }
-    if constexpr (Op::kMoments) {
-      moments.add(streaming ? scratch.outputs[0] : out[0] + begin * a.output_t + first, streaming ? width : a.output_t,
-                  tile.mask, end - begin, n);
-    }
     if (!streaming) continue;
     for (int k = 0; k < Op::kOutputs; ++k)
       for (int64_t t = begin; t < end; ++t)
@@ -312,7 +258,7 @@ PF_INLINE typename Lane<T>::Float chain(const Step<Vec<T>, Mask<T>>* step, int g
 // `steps` steps of one column; `offset`: where they begin in the time of the grid (packed inputs).
 template <class Op, class T, bool kPlain>
 void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int64_t steps, int64_t grid_columns,
-           int64_t grid_steps, ScanBuffers<T>& scratch, bool streaming, RunMoments<T>& moments) {
+           int64_t grid_steps, ScanBuffers<T>& scratch, bool streaming) {
   using V = Vec<T>;
   using M = Mask<T>;
   alignas(64) T after[kRunLength + kSpan];  // V of the state after each step
@@ -400,9 +346,6 @@ void along(const ScanArgs& a, const Op& op, int64_t column, int64_t offset, int6
         span(false);
       }
     }
-    if constexpr (Op::kMoments) {
-      moments.add(streaming ? scratch.outputs[0] : out[0] + begin, length, tile.mask, 1, length);
-    }
     if (!streaming) continue;
     for (int k = 0; k < Op::kOutputs; ++k) store_past_cache(out[k] + begin, scratch.outputs[k], length * sizeof(T));
   }
@@ -413,54 +356,32 @@ inline int64_t sequence_from(const ScanArgs& a, int64_t t) {
   return std::lower_bound(a.bounds, a.bounds + a.columns, t) - a.bounds;
 }
 
-// f(block, sum): where moments are wanted the blocks are shared out to as many sums as the problem says, joined in
-// order.
-template <class F>
-inline void over_blocks(const ScanArgs& a, int64_t blocks, F&& f) {
-  if (!a.moments) {
-    return for_blocks(blocks, a.threads, [&](int64_t block) { f(block, static_cast<Moments*>(nullptr)); });
-  }
-  Moments sums[kMaxRowBlocks];
-  const int64_t each = (blocks + kMaxRowBlocks - 1) / kMaxRowBlocks;
-  for_blocks((blocks + each - 1) / each, a.threads, [&](int64_t k) {
-    for (int64_t block = k * each; block < std::min((k + 1) * each, blocks); ++block) f(block, &sums[k]);
-  });
-  for (int64_t k = 1; k < kMaxRowBlocks; ++k) sums[0].merge(sums[k]);
-  a.moments[0] = sums[0].count, a.moments[1] = sums[0].mean, a.moments[2] = sums[0].m2;
-}
-
 template <class Op, class T, bool kPlain>
 void scan_as(const ScanArgs& a, const Op& op) {
   const int64_t elements = a.bounds ? a.steps : a.steps * a.columns;
-  if (elements == 0) {
-    if (a.moments) std::fill(a.moments, a.moments + 3, 0.0);
-    return;
-  }
+  if (elements == 0) return;
   const bool streaming = elements * Op::kOutputs * int64_t(sizeof(T)) > kStreamingBytes;
   if (!a.bounds && a.output_n == 1 && a.columns > 1) {
     const int64_t wanted = std::max<int64_t>(kBlockElements / a.steps, a.columns / 16);
     const int64_t n = std::min<int64_t>(kMaxColumns, std::max<int64_t>(kLanes, padded(wanted)));
-    return over_blocks(a, (a.columns + n - 1) / n, [&](int64_t block, Moments* sum) {
-      across<Op, T, kPlain>(a, op, block * n, std::min(n, a.columns - block * n), streaming, sum);
+    return for_blocks((a.columns + n - 1) / n, a.threads, [&](int64_t block) {
+      across<Op, T, kPlain>(a, op, block * n, std::min(n, a.columns - block * n), streaming);
     });
   }
   if (!a.bounds) {
     const int64_t n = std::max<int64_t>(1, kBlockElements / a.steps);
-    return over_blocks(a, (a.columns + n - 1) / n, [&](int64_t block, Moments* sum) {
+    return for_blocks((a.columns + n - 1) / n, a.threads, [&](int64_t block) {
       ScanBuffers<T> scratch;
-      RunMoments<T> moments(sum);
       for (int64_t c = block * n; c < std::min((block + 1) * n, a.columns); ++c)
-        along<Op, T, kPlain>(a, op, c, 0, a.steps, a.columns, a.steps, scratch, streaming, moments);
+        along<Op, T, kPlain>(a, op, c, 0, a.steps, a.columns, a.steps, scratch, streaming);
       if (streaming) finish_past_cache();
     });
   }
-  over_blocks(a, (a.steps + kBlockElements - 1) / kBlockElements, [&](int64_t block, Moments* sum) {
+  for_blocks((a.steps + kBlockElements - 1) / kBlockElements, a.threads, [&](int64_t block) {
     ScanBuffers<T> scratch;
-    RunMoments<T> moments(sum);
     const int64_t end = sequence_from(a, (block + 1) * kBlockElements);
     for (int64_t s = sequence_from(a, block * kBlockElements); s < end; ++s)
-      along<Op, T, kPlain>(a, op, s, a.bounds[s], a.bounds[s + 1] - a.bounds[s], 1, a.steps, scratch, streaming,
-                           moments);
+      along<Op, T, kPlain>(a, op, s, a.bounds[s], a.bounds[s + 1] - a.bounds[s], 1, a.steps, scratch, streaming);
     if (streaming) finish_past_cache();
   });
 }
