@@ -247,7 +247,7 @@ def test_moments_of_more_blocks_than_are_joined_at_once():
 
 @pytest.mark.parametrize(("shape", "time_dim"), [((2, 70_000), 0), ((50, 3000), 0), ((66, 17_000), 1), ((3000, 50), 1)])
 def test_moments_have_the_same_bits_for_any_threads(shape, time_dim):
-    """Also where there are more blocks than partial sums."""
+    """And those that whiten finds for itself."""
     r, v, mask = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.8
     bounds = torch.arange(0, r.numel() + 1, r.numel() // 50)
     results = []
@@ -260,7 +260,10 @@ def test_moments_have_the_same_bits_for_any_threads(shape, time_dim):
             packed = pf.gae(r.flatten(), v.flatten(), cu_seqlens=bounds, moments=True)[2]
             results.append((plain, masked, packed))
     assert all(same(results[0], x) for x in results)
-    assert_moments(results[0][0], pf.gae(r, v, time_dim=time_dim)[0], None)
+    advantages = pf.gae(r, v, time_dim=time_dim)[0]
+    assert_moments(results[0][0], advantages, None)
+    assert torch.equal(pf.whiten(advantages, moments=results[0][0]), pf.whiten(advantages))
+    assert torch.equal(pf.whiten(advantages, mask=mask, moments=results[0][1]), pf.whiten(advantages, mask=mask))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -50,8 +50,8 @@ def gae(
         differentiable: differentiate through the estimate (the plain torch formula).
         out: (advantages, returns) to write to, contiguous, of the results' shape and dtype, apart from every input. Worth
             it above 32 MiB, where an allocator maps fresh pages on every call: that takes longer than the scan.
-        moments: True returns a third result, what `whiten` needs to know of the advantages that the mask keeps: it is
-            summed as they are written, and `whiten(advantages, mask=mask, moments=moments)` reads them once, not twice.
+        moments: True returns a third result, what `whiten` needs to know of the advantages that the mask keeps:
+            `whiten(advantages, mask=mask, moments=moments)` then reads them once, not twice.
 
     Flags and masks are bool, integer or floating, set where not 0; floating inputs float32, float64, bfloat16 or
     float16, in any strides.
@@ -66,7 +66,8 @@ def gae(
 
     Errors: TypeError for a dtype or a missing tensor, ValueError for a shape, a rate or an absent final value.
 
-    Cost: reads each input once, writes two outputs: float32 with bool `terminated` 17 bytes a step, with `moments` too.
+    Cost: reads each input once, writes two outputs: float32 with bool `terminated` 17 bytes a step. With `moments` no more
+    on a GPU, where every path sums what it writes; on the CPU the first pass of `whiten` comes after the scan, 4 bytes.
     Bits do not depend on threads, instruction set, layout, or what else is in the batch; packed and padded sequences agree.
     """
     if out is not None:
