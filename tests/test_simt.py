@@ -77,7 +77,10 @@ def test_moments_have_the_same_bits_in_any_order_of_blocks():
         "x = torch.randn(2, 600, 40)\n"
         "def found(seed, blocks):\n"
         "    plugin.module.set_schedule(seed, blocks)\n"
-        "    return torch.stack([pf.gae(*x, time_dim=d, moments=True)[2] for d in (0, 1)])\n"
+        "    grids = [pf.gae(*x, time_dim=d, moments=True)[2] for d in (0, 1)]\n"
+        "    bounds = torch.arange(2101)  # more blocks than one joins\n"
+        "    packed = pf.gae(*x.view(2, -1)[:, :2100], cu_seqlens=bounds, moments=True)\n"
+        "    return torch.stack([*grids, packed[2]])\n"
         "first = found(1, 3)\n"
         "print(*(torch.equal(first, found(*s)) for s in ((2, 3), (5, 2), (8, 7))), int(first[0, 0]))\n"
     )
