@@ -170,6 +170,45 @@ def build_masked(case: Case) -> Workload:
     return Workload(providers, truth, "loop", [rewards, values, mask])
 
 
+# --- advantages that are whitened next: the sums for it taken in the same pass, or apart ---------------------------------
+
+
+def build_whitened(case: Case) -> Workload:
+    steps, n = case.shape
+    data = torch.randn(steps, n), torch.randn(steps, n), torch.randn(n), torch.rand(steps, n) < 0.01
+    rewards, values, last_values, terminated = data
+    dones = torch.cat([torch.zeros(1, n), terminated[:-1].float()])
+    out = (torch.empty(steps, n), torch.empty(steps, n))
+
+    def together():
+        advantages, returns, moments = pf.gae(rewards, values, last_values, terminated=terminated, gamma=GAMMA, lam=LAM,
+                                              out=out, moments=True)  # fmt: skip
+        return pf.whiten(advantages, moments=moments), returns
+
+    def apart():
+        advantages, returns = pf.gae(rewards, values, last_values, terminated=terminated, gamma=GAMMA, lam=LAM, out=out)
+        return pf.whiten(advantages), returns
+
+    def eager():
+        advantages, returns = cleanrl_loop(rewards, values, dones, last_values, terminated[-1].float())
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8), returns
+
+    def truth() -> dict[str, Tensor]:
+        wide = [x.double() for x in data[:3]]
+        advantages, returns = pf.reference.gae(*wide, terminated=terminated, gamma=GAMMA, lam=LAM)
+        return _named((pf.reference.whiten(advantages), returns))
+
+    providers = [Provider(OURS, together, _named), Provider("apart", apart, _named), Provider("cleanrl", eager, _named)]
+    return Workload(providers, truth, "cleanrl", [*data, rewards, rewards])
+
+
+def _whitened_case(steps: int, n: int) -> Case:
+    """Advantages are written, read again and written whitened: 8 bytes a step more than without."""
+    size = steps * n
+    return Case("gae", (steps, n), "float32", "forward", 25 * size + 4 * n, 12 * size, build_whitened,
+                remark="then whitened, by the sums that it took", variant="whitened")  # fmt: skip
+
+
 def _masked_case(batch: int, steps: int, *targets: Target, quick: bool = False) -> Case:
     size = batch * steps
     return Case("gae", (batch, steps), "float32", "forward", 17 * size, 7 * size, build_masked, targets, quick,
@@ -188,4 +227,6 @@ CASES = [
     _case(2048, 1, Target(1.5, ("numba",)), Target(100, ("cleanrl",)), remark="CleanRL's MuJoCo rollout"),
     _case(128, 4, quick=True, remark="CleanRL's CartPole rollout"),
     _masked_case(512, 8192, Target(0.8, (COPY,)), Target(500, ("loop",))),
+    _whitened_case(2048, 4096),
+    _whitened_case(128, 1024),
 ]

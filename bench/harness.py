@@ -33,6 +33,7 @@ LABELS = {
     "torchrl-loop": "torchrl loop",
     "torchrl-vec": "torchrl vectorised",
     "loop": "loop over tokens",
+    "apart": "gae, then whiten",
     "torch-chunked": "torch, chunked",
     "liger": "Liger",
     "trl": "TRL",

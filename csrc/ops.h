@@ -289,6 +289,7 @@ struct ScanArgs {
   bool is_double;                    // compute and write float64, else float32
   void* outputs[2];                  // contiguous: one of the strides below is 1
   int64_t output_t, output_n;
+  double* moments;                   // gae: [count, mean, m2] of the valid advantages; or nullptr
   int64_t* missing;                  // out: first truncated step without a sparse entry, or -1
   int threads;
 };

@@ -79,6 +79,39 @@ def joined_moments(count, mean, m2):
     return Moments(total, center, tl.sum(m2 + count * gap * gap))
 
 
+class Sums(NamedTuple):
+    """Of each lane's numbers while they come by, float64: deviations from the first one, so that nothing cancels that n
+    roundings do not bound. csrc/math/moments.h."""
+
+    count: tl.tensor
+    shift: tl.tensor
+    drift: tl.tensor
+    squares: tl.tensor
+
+
+@triton.jit
+def no_sums(LANES: tl.constexpr):
+    zero = tl.zeros((LANES,), tl.float64)
+    return Sums(zero, zero, zero, zero)
+
+
+@triton.jit
+def add_to_sums(sums, x, valid):
+    x = tl.where(valid, x, 0.0).to(tl.float64)
+    shift = tl.where(sums.count == 0, x, sums.shift)
+    deviation = tl.where(valid, x - shift, 0.0)
+    return Sums(sums.count + valid.to(tl.float64), shift, sums.drift + deviation, sums.squares + deviation * deviation)
+
+
+@triton.jit
+def moments_of_sums(sums):
+    """Of all lanes together."""
+    count = sums.count
+    mean_drift = sums.drift / tl.where(count > 0, count, 1.0)
+    m2 = sums.squares - sums.drift * mean_drift
+    return joined_moments(count, sums.shift + mean_drift, tl.where(m2 < 0, 0.0, m2))
+
+
 @triton.jit
 def load_moments(partials, first, n, parts, LANES: tl.constexpr):
     """Joins `n` <= LANES of the `parts` partial moments [3, parts], from `first` on."""
@@ -158,15 +191,26 @@ def moments_of(
 
     Reads x and mask once; launches once for up to MOMENT_BLOCK·most elements.
     """
-    parts = max(1, triton.cdiv(n, MOMENT_BLOCK))
-    partials = torch.empty((3, parts), dtype=torch.float64, device=x.device)
+    partials = empty_moments(max(1, triton.cdiv(n, MOMENT_BLOCK)), x.device)
+    parts = partials.shape[1]
     launch(moments_kernel, (parts,), x, mask, index, partials, n, x.numel(), parts, EVEN=n % 16 == 0, T=dtype,
            BLOCK=MOMENT_BLOCK, num_warps=8)  # fmt: skip
-    while parts > (INLINE if most is None else most):
-        joined = triton.cdiv(parts, JOIN)
-        out = torch.empty((3, joined), dtype=torch.float64, device=x.device)
-        launch(join_moments_kernel, (joined,), partials, out, parts, joined, LANES=JOIN, num_warps=4)
-        partials, parts = out, joined
+    return joined(partials, INLINE if most is None else most)
+
+
+def empty_moments(parts: int, device: torch.device) -> Tensor:
+    return torch.empty((3, parts), dtype=torch.float64, device=device)
+
+
+def joined(partials: Tensor, most: int, to: Tensor | None = None) -> tuple[Tensor, int]:
+    """Partial moments [3, parts] as no more than `most`, and how many there are: neighbours joined, level by level. A last
+    join to a single one goes `to` [3]."""
+    parts = partials.shape[1]
+    while parts > most:
+        fewer = triton.cdiv(parts, JOIN)
+        out = empty_moments(fewer, partials.device) if fewer > 1 or to is None else to.view(3, 1)
+        launch(join_moments_kernel, (fewer,), partials, out, parts, fewer, LANES=JOIN, num_warps=4)
+        partials, parts = out, fewer
     return partials, parts
 
 

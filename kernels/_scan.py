@@ -9,6 +9,8 @@ Two walkers, each with the next loads under way while it computes. `scan_columns
 of it at a time: for [T, N] with columns enough to fill a GPU. `scan_rows` has LANES segments of one column in its lanes: for
 steps that lie side by side, [N, T], [T] or packed [M], and for few columns.
 
+With moments a program leaves those of its first output's elements too, and its neighbours' are joined after that.
+
 Bytes a step, float32 with bool `terminated`: gae 17, vtrace 21, discounted_returns 9; a final value is read only where a
 step is truncated and not terminated.
 """
@@ -22,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _reduce
 from ._launch import launch
 from ._rows import as_type, blocks, compute_type
 
@@ -178,13 +181,13 @@ def _segment(rewards, values, log_rhos, terminated, truncated, mask, at, step, i
 @triton.jit(do_not_specialize=_SIZES)
 def scan_columns(
     rewards, values, log_rhos, terminated, truncated, final_values, mask, last_values, gammas, lams, gamma: tl.float64,
-    lam: tl.float64, rho_clip: tl.float64, c_clip: tl.float64, first, second, T: tl.int64, N: tl.int64,
+    lam: tl.float64, rho_clip: tl.float64, c_clip: tl.float64, first, second, moments, T: tl.int64, N: tl.int64,
     gamma_stride: tl.int64, lam_stride: tl.int64,
     CARRY: tl.constexpr, TIME_MAJOR: tl.constexpr, AHEAD: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """LANES columns of [T, N], or of [N, T], a program. first, second: advantages and returns; of vtrace its targets
-    and advantages. AHEAD: a segment is applied as one affine map."""
+    and advantages. moments: [3, programs], or absent. AHEAD: a segment is applied as one affine map."""
     n = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     present = n < N
     step = N if TIME_MAJOR else 1
@@ -198,6 +201,8 @@ def scan_columns(
         last = as_type(tl.load(last_values + n, mask=present, other=0.0), DTYPE)
     x = zero if values is not None else last
     following = last if values is not None else zero
+    if moments is not None:
+        sums = _reduce.no_sums(LANES)
     t = (T - 1) // STEPS * STEPS
     at = (n if TIME_MAJOR else n * T) + t * step
     inside = _inside(present, t, T, STEPS)
@@ -227,11 +232,15 @@ def scan_columns(
             tl.store(first + at + j * step, one, mask=inside[j])
             if second is not None:
                 tl.store(second + at + j * step, two, mask=inside[j])
+            if moments is not None:
+                sums = _reduce.add_to_sums(sums, one, shown)
             all_a, all_b, all_cut = compose(all_a, all_b, all_cut, a, b, cut)
             leaving = now
         x = advance(all_a, all_b, all_cut, x) if AHEAD else leaving
         t -= STEPS
         at -= STEPS * step
+    if moments is not None:
+        _reduce.store_moments(moments, tl.program_id(0), tl.num_programs(0), _reduce.moments_of_sums(sums))
 
 
 # --- the segments of one column in the lanes ----------------------------------------------------------------------------
@@ -314,12 +323,12 @@ def _held(border, T):
 @triton.jit(do_not_specialize=_SIZES)
 def scan_rows(
     rewards, values, log_rhos, terminated, truncated, final_values, mask, last_values, gammas, lams, gamma: tl.float64,
-    lam: tl.float64, rho_clip: tl.float64, c_clip: tl.float64, bounds, first, second, T: tl.int64, N: tl.int64,
+    lam: tl.float64, rho_clip: tl.float64, c_clip: tl.float64, bounds, first, second, moments, T: tl.int64, N: tl.int64,
     gamma_stride: tl.int64, lam_stride: tl.int64,
     CARRY: tl.constexpr, TIME_MAJOR: tl.constexpr, DTYPE: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Column n of [T, N] or [N, T], or sequence n of [M = T] between its borders; LANES segments at a time, from the last
-    to the first."""
+    to the first. moments: [3, programs], or absent."""
     column = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     n = column + tl.zeros((LANES,), tl.int64)
@@ -339,6 +348,8 @@ def scan_rows(
         last = as_type(tl.load(last_values + n), DTYPE)
     x = zero if values is not None else last
     behind = last if values is not None else zero  # V of the first step behind these segments that counts
+    if moments is not None:
+        sums = _reduce.no_sums(LANES)
     start = (end + LANES * STEPS - 1) // (LANES * STEPS) * (LANES * STEPS) - LANES * STEPS
     ahead = _tiles(rewards, values, log_rhos, terminated, truncated, mask, begin, start, end, step, LANES, STEPS)
     while start >= 0:
@@ -430,11 +441,15 @@ def scan_rows(
             one, two = outputs(reward, value, bootstrap, clipped, cut, shown, g, entering, now, VTRACE)
             of_first += (one,)
             of_second += (two,)
+            if moments is not None:
+                sums = _reduce.add_to_sums(sums, one, shown)
             entering = now
         tl.store(first + at, _gathered(of_first, LANES, STEPS), mask=there)
         if second is not None:
             tl.store(second + at, _gathered(of_second, LANES, STEPS), mask=there)
         start -= LANES * STEPS
+    if moments is not None:
+        _reduce.store_moments(moments, tl.program_id(0), tl.num_programs(0), _reduce.moments_of_sums(sums))
 
 
 # --- on the host ------------------------------------------------------------------------------------------------------
@@ -482,9 +497,13 @@ def scan(
     time_dim: int,
     outputs: tuple[Tensor, Tensor | None],
     clips: tuple[float, float] = (1.0, 1.0),
+    moments: Tensor | None = None,
 ) -> None:
-    """Fills the outputs, contiguous in the shape of rewards: [T] or [M], [T, N] or [N, T] by `time_dim`."""
+    """Fills the outputs, contiguous in the shape of rewards: [T] or [M], [T, N] or [N, T] by `time_dim`; and `moments` [3]
+    of the first one's valid elements, where wanted."""
     if rewards.numel() == 0:
+        if moments is not None:
+            moments.zero_()
         return
     time_major = rewards.ndim == 2 and time_dim % 2 == 0
     steps = rewards.shape[time_dim]
@@ -503,7 +522,14 @@ def scan(
     ahead = log_rhos is None or clips[1] <= 1
     meta = {"CARRY": carry, "TIME_MAJOR": time_major, "DTYPE": compute_type(outputs[0].dtype), "LANES": LANES,
             "STEPS": STEPS, "num_warps": 1}  # fmt: skip
-    if not ahead or (time_major and n >= ENOUGH_COLUMNS):
-        launch(scan_columns, (blocks(n, LANES),), *inputs, *outputs, *sizes, **meta, AHEAD=ahead)
+    by_column = not ahead or (time_major and n >= ENOUGH_COLUMNS)
+    programs = blocks(n, LANES) if by_column else n
+    partials = None
+    if moments is not None:
+        partials = moments.view(3, 1) if programs == 1 else _reduce.empty_moments(programs, rewards.device)
+    if by_column:
+        launch(scan_columns, (programs,), *inputs, *outputs, partials, *sizes, **meta, AHEAD=ahead)
     else:
-        launch(scan_rows, (n,), *inputs, _contiguous(bounds), *outputs, *sizes, **meta)
+        launch(scan_rows, (programs,), *inputs, _contiguous(bounds), *outputs, partials, *sizes, **meta)
+    if partials is not None:
+        _reduce.joined(partials, 1, moments)

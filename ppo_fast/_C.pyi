@@ -127,6 +127,7 @@ def gae(
     is_double: bool,
     advantages: Array,
     returns: Array,
+    moments: Array,
     resources: int,
     /,
 ) -> None: ...

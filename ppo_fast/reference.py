@@ -120,9 +120,15 @@ def _packed(op: Callable[..., tuple[Tensor, ...]], cu_seqlens: Tensor, streams: 
 
 def gae(
     rewards, values, last_values=None, *, terminated=None, truncated=None, final_values=None, mask=None,
-    mask_mode="carry", cu_seqlens=None, gamma=0.99, lam=0.95, time_dim=0,
+    mask_mode="carry", cu_seqlens=None, gamma=0.99, lam=0.95, time_dim=0, moments=False,
 ):  # fmt: skip
     """δ_t = r_t + γ·V_{t+1} - V_t;  A_t = δ_t + γλ·A_{t+1};  returns = A + V."""
+    if moments:
+        advantages, returns = gae(
+            rewards, values, last_values, terminated=terminated, truncated=truncated, final_values=final_values, mask=mask,
+            mask_mode=mask_mode, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, time_dim=time_dim,
+        )  # fmt: skip
+        return advantages, returns, moments_of(advantages, mask)
     if cu_seqlens is not None:
         if isinstance(final_values, tuple):
             index, value = final_values
@@ -194,11 +200,21 @@ def _per_row(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 # --- whitening --------------------------------------------------------------------------------------------------------
 
 
+def moments_of(x, mask=None):
+    """What whitening needs of the valid elements, float64 [3]: their count, mean m and Σ (x - m)²."""
+    count, mean, variance = _moments(x.double(), None if mask is None else mask != 0, 0)
+    return torch.stack([count, mean, variance * count.clamp(min=1.0)])
+
+
 def whiten(x, *, mask=None, ddof=1, eps=1e-8, shift_mean=True, eps_in_variance=False, moments=None):
     """(x - mean) / (std + eps) over the valid elements; one element (count <= ddof) is left as it is."""
     x = x.to(_compute_dtype(x))
     valid = None if mask is None else mask != 0
-    count, mean, var = _moments(x, valid, ddof) if moments is None else moments
+    if moments is None:
+        count, mean, var = _moments(x, valid, ddof)
+    else:
+        count, mean, m2 = moments
+        count, mean, var = (y.to(x.dtype) for y in (count, mean, m2 / (count - ddof).clamp(min=1.0)))
     scale = (var + eps).sqrt() if eps_in_variance else var.sqrt() + eps
     y = (_where(valid, x) - mean) / scale
     y = y if shift_mean else y + mean

@@ -1,4 +1,4 @@
-"""Inputs for the tests of gae, vtrace and discounted_returns, and an oracle written from the definitions."""
+"""Inputs for the tests of gae, vtrace and discounted_returns, and oracles written from the definitions."""
 
 from __future__ import annotations
 
@@ -78,6 +78,21 @@ def carried_cases(draw):
     if isinstance(case["final_values"], torch.Tensor) and case["mask"] is not None:
         case["final_values"] = torch.where(case["mask"] != 0, case["final_values"], torch.nan)
     return case
+
+
+def assert_moments(moments: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Of the advantages that the mask keeps, summed in their own dtype by the tile and in float64 from there on."""
+    count, mean, m2 = moments.tolist()
+    assert moments.dtype == torch.float64 and moments.shape == (3,)
+    x = (advantages if mask is None else advantages[mask != 0]).double()
+    assert count == x.numel()
+    if count == 0:
+        assert mean == 0 and m2 == 0
+        return
+    eps, size = torch.finfo(advantages.dtype).eps, float(x.abs().max())
+    truth = float((x - x.mean()).square().sum())
+    assert abs(mean - float(x.mean())) <= 4 * eps * size
+    assert abs(m2 - truth) <= 32 * eps * truth + count * (2 * eps * size) ** 2
 
 
 def transposed(case: dict) -> dict:

@@ -78,7 +78,8 @@ STREAMS = {
     "ppo_loss_kernelIfLb1E": (128, 128),
     "moments_kernelIfLb1E": (128, 0),
     "apply_kernelIfLb1E": (128, 128),
-    "along_kernelINS0_3GaeIfEEfLb0ELi1ELb1E": (128, 128),
+    "along_kernelINS0_3GaeIfEEfLb0ELi1ELb0ELb1E": (128, 128),  # without moments, and with them
+    "along_kernelINS0_3GaeIfEEfLb0ELi1ELb1ELb1E": (128, 128),
 }
 
 

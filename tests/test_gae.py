@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ISAS, assert_as_good, pf
+from conftest import ISAS, assert_as_good, pf, same_bits
 from hypothesis import given
-from scan_cases import cases, double, rate, steps_of_column, transposed
+from scan_cases import assert_moments, cases, double, rate, steps_of_column, transposed
 
 from ppo_fast import reference
 from ppo_fast.ops.gae import _op
@@ -202,6 +202,135 @@ def test_gradients_are_off_unless_asked_for():
         assert not any(x.requires_grad for x in pf.gae(r, v))
 
 
+# --- moments of the advantages ------------------------------------------------------------------------------------------
+
+
+@given(cases())
+def test_moments(case):
+    for case_ in (case, transposed(case)):
+        advantages, returns, moments = call(pf.gae, case_ | {"moments": True})
+        assert same_bits((advantages, returns), call(pf.gae, case_))
+        assert_moments(moments, advantages, case_["mask"])
+
+
+#: (steps, columns): within a tile, and across tiles and blocks of every walker.
+WHOLES = [(1, 1), (5, 3), (100, 33), (2100, 1), (1040, 3), (300, 20), (1, 400)]
+
+
+@pytest.mark.parametrize("shape", WHOLES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_every_layout(shape, masked, dtype):
+    case = rollout(*shape, dtype)
+    case["rewards"] += 50.0
+    if masked:
+        case["mask"] = torch.rand(shape) < 0.7
+        case["rewards"][~case["mask"]] = torch.nan
+    by_row = {k: v.t() if v.ndim == 2 else v for k, v in case.items()}
+    as_rows = {k: v.contiguous() for k, v in by_row.items()}
+    flat = {k: v.reshape(-1) for k, v in as_rows.items()} | {"cu_seqlens": torch.arange(shape[1] + 1) * shape[0]}
+    for layout in (case, by_row | {"time_dim": 1}, as_rows | {"time_dim": 1}, flat):
+        advantages, returns, moments = pf.gae(**layout, moments=True)
+        assert same((advantages, returns), pf.gae(**layout))
+        assert_moments(moments, advantages, layout.get("mask"))
+        white = pf.whiten(advantages, mask=layout.get("mask"), moments=moments)
+        eager = pf.whiten(advantages, mask=layout.get("mask"))
+        truth = reference.whiten(advantages.double(), mask=layout.get("mask"))
+        assert_as_good(white, eager, truth, ulps=32)
+
+
+def test_moments_of_more_blocks_than_are_joined_at_once():
+    r, v = torch.randn(2100) + 7.0, torch.randn(2100)
+    advantages, _, moments = pf.gae(r, v, cu_seqlens=torch.arange(2101), moments=True)
+    assert_moments(moments, advantages, None)
+
+
+@pytest.mark.parametrize(("shape", "time_dim"), [((2, 70_000), 0), ((50, 3000), 0), ((66, 17_000), 1), ((3000, 50), 1)])
+def test_moments_have_the_same_bits_for_any_threads(shape, time_dim):
+    """And those that whiten finds for itself."""
+    r, v, mask = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.8
+    bounds = torch.arange(0, r.numel() + 1, r.numel() // 50)
+    results = []
+    for isa in ISAS:
+        pf._C.set_isa(isa)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            plain = pf.gae(r, v, time_dim=time_dim, moments=True)[2]
+            masked = pf.gae(r, v, mask=mask, time_dim=time_dim, moments=True)[2]
+            packed = pf.gae(r.flatten(), v.flatten(), cu_seqlens=bounds, moments=True)[2]
+            results.append((plain, masked, packed))
+    assert all(same(results[0], x) for x in results)
+    for keep, moments in zip((None, mask), results[0], strict=False):
+        advantages, _ = pf.gae(r, v, mask=keep, time_dim=time_dim)
+        assert_moments(moments, advantages, keep)
+        assert torch.equal(pf.whiten(advantages, mask=keep, moments=moments), pf.whiten(advantages, mask=keep))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_moments_of_nothing_are_zero(backend):
+    with pf.use_backend(backend):
+        for shape in ((0, 3), (3, 0), (0,), (5, 4), (30, 3)):
+            for time_dim in (0, -1):
+                r = torch.full(shape, torch.nan)
+                moments = pf.gae(r, r, mask=torch.zeros(shape), time_dim=time_dim, moments=True)[2]
+                assert torch.equal(moments, torch.zeros(3, dtype=torch.float64))
+        empty = torch.empty(0)
+        assert not bool(pf.gae(empty, empty, cu_seqlens=torch.zeros(3, dtype=torch.int64), moments=True)[2].any())
+
+
+def test_moments_do_not_cancel():
+    """Advantages a million from 0 that differ by one."""
+    shape = (40, 600)
+    r = 1e6 + torch.randint(0, 2, shape).float()
+    for time_dim in (0, 1):
+        advantages, _, moments = pf.gae(r, torch.zeros(shape), lam=0.0, time_dim=time_dim, moments=True)
+        assert torch.equal(advantages, r)
+        torch.testing.assert_close(moments, reference.moments_of(r), rtol=1e-6, atol=0)
+
+
+def test_moments_show_what_is_not_finite():
+    r, v = torch.randn(70, 20), torch.randn(70, 20)
+    r[3, 4] = torch.nan
+    for time_dim in (0, 1):
+        count, mean, m2 = pf.gae(r, v, time_dim=time_dim, moments=True)[2]
+        assert count == r.numel() and mean.isnan() and m2.isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_moments_beside_other_options(backend):
+    r, v, mask = torch.randn(6, 5, 4), torch.randn(6, 5, 4), torch.rand(6, 5, 4) < 0.5
+    with pf.use_backend(backend):
+        for time_dim in (0, 1, 2):
+            out = torch.empty_like(r), torch.empty_like(r)
+            results = pf.gae(r, v, mask=mask, time_dim=time_dim, out=out, moments=True)
+            assert results[0] is out[0] and results[1] is out[1] and not results[2].requires_grad
+            assert_moments(results[2], out[0], mask)
+            assert_moments(pf.gae(r, v, mask=mask, time_dim=time_dim, moments=True)[2], out[0], mask)
+
+
+def test_moments_can_be_differentiated():
+    def white(v, moments):
+        advantages, _, *known = pf.gae(r, v, mask=mask, differentiable=True, moments=moments)
+        return pf.whiten(advantages, mask=mask, differentiable=True, moments=known[0] if known else None)
+
+    r, v, mask = torch.randn(8, 3).double(), torch.randn(8, 3).double().requires_grad_(), torch.rand(8, 3) < 0.8
+    upstream = torch.randn(8, 3).double()
+    gradients = [torch.autograd.grad(white(v, moments), v, upstream)[0] for moments in (False, True)]
+    assert bool(gradients[0].any())
+    torch.testing.assert_close(*gradients)
+
+
+def test_moments_compiled():
+    @torch.compile(fullgraph=True)
+    def f(r, v, mask):
+        advantages, returns, moments = pf.gae(r * 2, v, mask=mask, moments=True)
+        return pf.whiten(advantages, mask=mask, moments=moments), returns
+
+    r, v, mask = torch.randn(20, 3), torch.randn(20, 3), torch.rand(20, 3) < 0.8
+    advantages, returns, moments = pf.gae(r * 2, v, mask=mask, moments=True)
+    assert same(f(r, v, mask), (pf.whiten(advantages, mask=mask, moments=moments), returns))
+
+
 ERRORS = [
     ({"values": torch.zeros(8, 4)}, ValueError, r"gae: values must be \[T, N\] = \[4, 8\], got \[8, 4\]"),
     ({"values": torch.zeros(4, 8), "time_dim": 1, "terminated": torch.zeros(4, 7)}, ValueError,
@@ -264,6 +393,7 @@ def test_registered_op():
     case = rollout(6, 3)
     rest = (None, None, None, None, "carry", None, 0.9, None, 0.0, torch.rand(3), 0)
     torch.library.opcheck(_op, (*case.values(), *rest))
+    torch.library.opcheck(_op, (*case.values(), *rest, True))
 
 
 def test_vmap_goes_to_the_reference():

@@ -70,6 +70,24 @@ def test_a_label_out_of_range_is_said_and_gives_its_row_0():
     assert "0.2000, 0.2000, 0.2000" in done.stdout, done.stdout + done.stderr
 
 
+def test_moments_have_the_same_bits_in_any_order_of_blocks():
+    body = (
+        "import simt.plugin as plugin, torch, ppo_fast as pf\n"
+        "plugin.pytest_configure(None)\n"
+        "x = torch.randn(2, 600, 40)\n"
+        "def found(seed, blocks):\n"
+        "    plugin.module.set_schedule(seed, blocks)\n"
+        "    grids = [pf.gae(*x, time_dim=d, moments=True)[2] for d in (0, 1)]\n"
+        "    bounds = torch.arange(2101)  # more blocks than one joins\n"
+        "    packed = pf.gae(*x.view(2, -1)[:, :2100], cu_seqlens=bounds, moments=True)\n"
+        "    return torch.stack([*grids, packed[2]])\n"
+        "first = found(1, 3)\n"
+        "print(*(torch.equal(first, found(*s)) for s in ((2, 3), (5, 2), (8, 7))), int(first[0, 0]))\n"
+    )
+    done = run("-c", body)
+    assert "True True True 24000" in done.stdout, done.stdout + done.stderr
+
+
 FAULT = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("_simt_faults", sys.argv[1])

@@ -15,7 +15,7 @@ import torch
 from conftest import assert_as_good, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_cases import carried_cases, cases, double, transposed
+from scan_cases import assert_moments, carried_cases, cases, double, transposed
 
 from ppo_fast import reference
 
@@ -93,12 +93,12 @@ def _outputs(count, *inputs):
 
 def gae(
     rewards, values, last_values=None, *, terminated=None, truncated=None, final_values=None, mask=None,
-    mask_mode="carry", cu_seqlens=None, gamma=0.99, lam=0.95, time_dim=0, log_rhos=None,
+    mask_mode="carry", cu_seqlens=None, gamma=0.99, lam=0.95, time_dim=0, log_rhos=None, moments=None,
 ):  # fmt: skip
     out = _outputs(2, rewards, values)
     _gae.gae(
         rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
-        time_dim, out[0].dtype == torch.float64, *out, None,
+        time_dim, out[0].dtype == torch.float64, *out, moments, None,
     )  # fmt: skip
     return out
 
@@ -173,6 +173,33 @@ def short(case, steps=21, columns=3):
 @given(cases())
 def test_gae(case):
     assert_right("gae", short(case))
+
+
+@settings(max_examples=15)
+@given(cases())
+def test_moments(case):
+    """By every walker; the outputs do not change."""
+    case = short(case)
+    for layout in (case, transposed(case)):
+        for columns in (0, 10**6):
+            with mock.patch.object(_scan, "ENOUGH_COLUMNS", columns):
+                moments = torch.full((3,), torch.nan, dtype=torch.float64)
+                advantages, returns = gae(**layout, moments=moments)
+                assert same_bits((advantages, returns), gae(**layout))
+            assert_moments(moments, advantages, layout["mask"])
+
+
+def test_moments_of_packed_sequences(monkeypatch):
+    """More programs than are joined at once."""
+    monkeypatch.setattr(_scan._reduce, "JOIN", 4)
+    bounds = torch.tensor([0, 5, 5, 40, 41, 60, 63, 64, 80, 80, 80, 90, 91])
+    r, v, mask = torch.randn(91) + 9.0, torch.randn(91), torch.rand(91) < 0.7
+    r[~mask] = torch.nan
+    moments = torch.full((3,), torch.nan, dtype=torch.float64)
+    advantages, _ = gae(r, v, mask=mask, cu_seqlens=bounds, moments=moments)
+    assert_moments(moments, advantages, mask)
+    gae(r[:0], v[:0], moments=moments)
+    assert not bool(moments.any())
 
 
 @settings(max_examples=15)

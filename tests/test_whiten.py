@@ -112,6 +112,49 @@ def test_compile_and_opcheck():
     assert torch.equal(compiled(x, mask), pf.whiten(x, mask=mask))
     torch.library.opcheck(_op, (x, mask, 1, 1e-8, True, False))
     torch.library.opcheck(_op, (x.double().view(10, 30).t(), None, 0, 1e-8, False, True))
+    torch.library.opcheck(_op, (x, mask, 1, 1e-8, True, False, reference.moments_of(x, mask)))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_known_moments_are_not_taken_again(dtype, backend):
+    x, mask = (torch.randn(3000) + 2.0).to(dtype), torch.rand(3000) < 0.6
+    moments = reference.moments_of(x, mask)
+    gaps = torch.stack([moments, torch.full_like(moments, torch.nan)], -1)[:, 0]
+    with pf.use_backend(backend):
+        for options in ({}, {"ddof": 0, "shift_mean": False}, {"eps_in_variance": True}):
+            truth = reference.whiten(as_double(x), mask=mask, **options)
+            for known in (moments, gaps):
+                ours = pf.whiten(x, mask=mask, moments=known, **options)
+                assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                assert_as_good(ours, pf.whiten(x, mask=mask, **options), truth, ulps=32)
+        # they are what is taken: of other numbers they give something else
+        doubled = moments * torch.tensor([1.0, 1.0, 4.0])
+        torch.testing.assert_close(
+            2 * pf.whiten(x, moments=doubled), pf.whiten(x, moments=moments), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_moments_of_too_few_leave_x_alone():
+    x = torch.randn(5)
+    for count in (0.0, 1.0):
+        assert torch.equal(pf.whiten(x, moments=torch.tensor([count, 3.0, 0.0], dtype=torch.float64)), x)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("moments", "error", "message"),
+    [
+        (torch.zeros(3), TypeError, r"whiten: moments must be \[3\] float64, got \[3\] float32"),
+        (torch.zeros(4).double(), ValueError, r"whiten: moments must be \[3\] float64, got \[4\] float64"),
+        (torch.zeros(3, 1).double(), ValueError, r"whiten: moments must be \[3\] float64, got \[3, 1\] float64"),
+        ([1.0, 2.0, 3.0], TypeError, r"whiten: moments must be \[3\] float64, got list"),
+        (torch.zeros(3, device="meta").double(), TypeError, "whiten: moments must be on cpu as the rest, got meta"),
+    ],
+)
+def test_errors_of_moments(moments, error, message, backend):
+    with pf.use_backend(backend), pytest.raises(error, match=message):
+        pf.whiten(torch.randn(5), moments=moments)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +190,9 @@ def test_over_a_process_group(tmp_path):
         part = slice(0, 300) if rank == 0 else slice(300, None)
         mine = pf.whiten(x[part], mask=mask[part], group=dist.group.WORLD)
         torch.testing.assert_close(mine, pf.whiten(x, mask=mask)[part], atol=1e-12, rtol=1e-12)
+        known = pf.reference.moments_of(x[part], mask[part])
+        known = pf.whiten(x[part], mask=mask[part], moments=known, group=dist.group.WORLD)
+        torch.testing.assert_close(mine, known, atol=1e-12, rtol=1e-12)
         empty = pf.whiten(x[part], mask=mask[part] & (rank == 1), group=dist.group.WORLD)
         assert torch.isfinite(empty).all()
         with pf.use_backend("reference"):

@@ -7,7 +7,7 @@ inline void bind_gae(py::module_& m) {
   m.def("gae", [](py::handle rewards, py::handle values, py::handle last_values, py::handle terminated,
                   py::handle truncated, py::handle final_values, py::handle mask, py::handle mask_mode,
                   py::handle cu_seqlens, py::handle gamma, py::handle lam, int time_dim, bool is_double,
-                  py::handle advantages, py::handle returns, Resources resources) {
+                  py::handle advantages, py::handle returns, py::handle moments, Resources resources) {
     const Op op("gae");
     ScanInputs scan(op, rewards, time_dim, cu_seqlens, is_double);
     scan.args.values = scan.stream("values", values);
@@ -17,6 +17,7 @@ inline void bind_gae(py::module_& m) {
     scan.args.lam = scan.rate("lam", lam);
     scan.output(0, "advantages", advantages);
     scan.output(1, "returns", returns);
+    scan.moments(moments);
     scan.run(resources, &pf::gae);
   });
 }

@@ -104,6 +104,13 @@ class ScanInputs {
     args.outputs[i] = t.data();
   }
 
+  void moments(py::handle object) {
+    const Tensor t(op_, "moments", object);
+    if (!t) return;
+    t.dtype_is(DType::f64, "float64").shape_is({3}, "[count, mean, m2]").contiguous();
+    args.moments = static_cast<double*>(t.data());
+  }
+
   template <class Kernel>
   void run(Resources resources, Kernel kernel) {
     pf::bind::run(op_, rewards_.numel(), args, resources, kernel);

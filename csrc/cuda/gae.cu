@@ -1,4 +1,5 @@
-// Generalised advantage estimation. float32 with a byte of `terminated`: 9 bytes read and 8 written a step.
+// Generalised advantage estimation. float32 with a byte of `terminated`: 9 bytes read and 8 written a step, and with
+// moments 32 written and read a block.
 #include "scan.cuh"
 
 namespace pf {

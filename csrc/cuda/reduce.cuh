@@ -70,5 +70,42 @@ PF_DEV P sum_of_partials(const P* partials, int count) {
   return sum_of_block<kWarps>(x);
 }
 
+// --- moments ---------------------------------------------------------------------------------------------------------
+
+struct CountedSums {
+  double count = 0;
+  ShiftedSums sums;
+  PF_DEV void merge(const CountedSums& o) {
+    sums.merge(count, o.sums, o.count);
+    count += o.count;
+  }
+};
+
+// All partials as [count, mean, m2]: a block joins a stretch of them, the last block to come joins those.
+constexpr int kJoined = 512, kMostJoins = 64;
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    join_kernel(const CountedSums* partials, int64_t count, CountedSums* of_block, unsigned* ticket, double* moments) {
+  const int64_t each = (count + gridDim.x - 1) / gridDim.x, first = each * blockIdx.x;
+  const int64_t here = first + each < count ? each : count - first;
+  CountedSums sums = sum_of_partials<kWarps>(partials + first, static_cast<int>(here));
+  if (gridDim.x > 1) {
+    if (threadIdx.x == 0) of_block[blockIdx.x] = sums;
+    if (!is_last_block(ticket)) return;
+    sums = sum_of_partials<kWarps>(of_block, static_cast<int>(gridDim.x));
+  }
+  if (threadIdx.x != 0) return;
+  const Moments m = sums.sums.finish(sums.count);
+  moments[0] = m.count, moments[1] = m.mean, moments[2] = m.m2;
+}
+
+template <int kWarps = 8>
+cudaError_t queue_join(const CountedSums* partials, int64_t count, double* moments, Launch& launch) {
+  const int64_t wanted = (count + kJoined - 1) / kJoined, blocks = wanted < kMostJoins ? wanted : kMostJoins;
+  CountedSums* of_block = blocks > 1 ? launch.allocate<CountedSums>(blocks) : nullptr;
+  unsigned* ticket = blocks > 1 ? launch.ticket(launch.context) : nullptr;
+  return start(&join_kernel<kWarps>, blocks, kWarps * kWarp, launch.stream, partials, count, of_block, ticket, moments);
+}
+
 }  // namespace PF_ISA
 }  // namespace pf

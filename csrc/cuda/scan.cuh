@@ -135,6 +135,15 @@ struct Segment {
     }
     return x;
   }
+  // Sums of x where a step counts, and how many do.
+  PF_DEV int count_sums(const T (&x)[kSegment<T>], SumsAround<T>& sums) const {
+    int count = 0;
+#pragma unroll
+    for (int j = 0; j < kSegment<T>; ++j) {
+      if (is_kept(j)) sums.add(x[j], count == 0), ++count;
+    }
+    return count;
+  }
   // The first step that masks do not pass over.
   PF_DEV bool first_kept(T& first) const {
     bool any = false;
@@ -189,10 +198,11 @@ PF_DEV uint32_t read_flags(const Grid& g, int64_t t, int64_t n, uint32_t inside)
   return bits;
 }
 
-template <class Op, class T, bool kChained, bool kPlain>
+// partials: with kMoments the sums of each tile's first output, by what the tile is, not by when its block came.
+template <class Op, class T, bool kChained, bool kMoments, bool kPlain>
 __global__ void __launch_bounds__(kAcrossWarps* kWarp, 1)
     across_kernel(const __grid_constant__ ScanArgs a, const Op op, Posts<T> posts, unsigned* ticket, int64_t groups,
-                  int64_t tiles) {
+                  int64_t tiles, CountedSums* partials) {
   PF_SHARED(unsigned, taken);
   if (threadIdx.x == 0) taken = ticket ? atomicInc(ticket, gridDim.x - 1) : blockIdx.x;
   __syncthreads();
@@ -279,6 +289,12 @@ __global__ void __launch_bounds__(kAcrossWarps* kWarp, 1)
     for (int j = 0; j < kSegment<T>; ++j) {
       if (s.inside >> j & 1) to[j * a.output_t] = out[k][j];
     }
+  }
+  if constexpr (kMoments) {
+    SumsAround<T> sums;
+    const int count = s.count_sums(out[0], sums);
+    const auto all = sum_of_block<kAcrossWarps>(CountedSums{static_cast<double>(count), sums.wide()});
+    if (threadIdx.x == 0) partials[taken] = all;
   }
 }
 
@@ -423,32 +439,28 @@ PF_DEV PackedTile packed_tile(const ScanArgs& a, int64_t slot) {
   return {low, slot - (begin / kAlongSteps<T> + low), begin, border(a, low + 1)};
 }
 
-// kRows: of a tile. kPlain: float32 and bytes in rows that start at sixteen bytes.
-template <class Op, class T, bool kChained, int kRows, bool kPlain>
-__global__ void __launch_bounds__(kAlongWarps* kWarp, 1)
-    along_kernel(const __grid_constant__ ScanArgs a, const Op op, Posts<T> posts, unsigned* ticket, int64_t groups,
-                 int64_t tiles) {
+// This warp's tile of the block that came as the `taken`-th, if there is one: of kRows rows. With kMoments each lane
+// has the sums of its first output.
+template <class Op, class T, bool kChained, int kRows, bool kMoments, bool kPlain>
+PF_DEV CountedSums along_tile(const ScanArgs& a, const Op& op, const Posts<T>& posts, unsigned taken, int64_t groups,
+                              int64_t tiles, T (&stages)[kAlongWarps][kStaged<T>]) {
   constexpr int kLanes = kWarp / kRows;  // of a row
-  PF_SHARED(unsigned, taken);
-  PF_SHARED(T[kAlongWarps][kStaged<T>], stages);
-  if (threadIdx.x == 0) taken = ticket ? atomicInc(ticket, gridDim.x - 1) : blockIdx.x;
-  __syncthreads();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t k = static_cast<int64_t>(taken) * kAlongWarps + warp;
   Place first;
   int64_t tile, column, end, at, after;  // posts of this tile, and of the one after it in time
   bool is_last;
   if (a.bounds) {
-    if (k >= groups) return;
+    if (k >= groups) return {};
     const int64_t slot = groups - 1 - k;
     const PackedTile p = packed_tile<T>(a, slot);
     first = {p.begin + p.tile * kAlongSteps<T>, 0};
-    if (first.t >= p.end) return;  // a slot that its sequence does not need
+    if (first.t >= p.end) return {};  // a slot that its sequence does not need
     tile = p.tile, column = p.sequence, end = p.end, at = slot, after = slot + 1;
     is_last = first.t + kAlongSteps<T> >= p.end;
   } else {
     tile = tiles - 1 - k / groups;
-    if (tile < 0) return;
+    if (tile < 0) return {};
     first = {tile * (kAlongSteps<T> / kRows), k % groups * kRows};
     column = first.n + lane / kLanes, end = a.steps, at = tile * a.columns + column, after = at + a.columns;
     is_last = tile == tiles - 1;
@@ -523,6 +535,29 @@ __global__ void __launch_bounds__(kAlongWarps* kWarp, 1)
   for (int i = 0; i < Op::kOutputs; ++i) {
     write_row<kRows, kPlain>(static_cast<T*>(a.outputs[i]), a.output_n, first, end, rows, lane, stage, out[i]);
   }
+  if constexpr (kMoments) {
+    SumsAround<T> sums;
+    const int count = s.count_sums(out[0], sums);
+    return {static_cast<double>(count), sums.wide()};
+  }
+  return {};
+}
+
+// kPlain: float32 and bytes in rows that start at sixteen bytes.
+template <class Op, class T, bool kChained, int kRows, bool kMoments, bool kPlain>
+__global__ void __launch_bounds__(kAlongWarps* kWarp, 1)
+    along_kernel(const __grid_constant__ ScanArgs a, const Op op, Posts<T> posts, unsigned* ticket, int64_t groups,
+                 int64_t tiles, CountedSums* partials) {
+  PF_SHARED(unsigned, taken);
+  PF_SHARED(T[kAlongWarps][kStaged<T>], stages);
+  if (threadIdx.x == 0) taken = ticket ? atomicInc(ticket, gridDim.x - 1) : blockIdx.x;
+  __syncthreads();
+  const CountedSums sums =
+      along_tile<Op, T, kChained, kRows, kMoments, kPlain>(a, op, posts, taken, groups, tiles, stages);
+  if constexpr (kMoments) {
+    const auto all = sum_of_block<kAlongWarps>(sums);
+    if (threadIdx.x == 0) partials[taken] = all;
+  }
 }
 
 // --- launching -------------------------------------------------------------------------------------------------------
@@ -548,7 +583,17 @@ inline bool is_byte_grid(const Grid& g, int64_t stride, int64_t other, int64_t e
                      reinterpret_cast<uintptr_t>(g.data) % static_cast<uintptr_t>(every) == 0);
 }
 
-template <class Op, class T, bool kChained>
+// Starts kernel(..., partials); the moments, if they are wanted, in a second kernel from the sums of the first's
+// blocks.
+template <bool kMoments, class Kernel, class... Args>
+cudaError_t start_scan(Kernel kernel, const ScanArgs& a, int64_t blocks, int threads, Launch& launch,
+                       const Args&... args) {
+  CountedSums* partials = kMoments ? launch.allocate<CountedSums>(blocks) : nullptr;
+  const cudaError_t e = start(kernel, blocks, threads, launch.stream, a, args..., partials);
+  return e == cudaSuccess && kMoments ? queue_join(partials, blocks, a.moments, launch) : e;
+}
+
+template <class Op, class T, bool kChained, bool kMoments>
 cudaError_t scan_across(const ScanArgs& a, const Op& op, Launch& launch) {
   const int64_t groups = (a.columns + kWarp - 1) / kWarp, tile = kAcrossWarps * kSegment<T>;
   const int64_t tiles = (a.steps + tile - 1) / tile;
@@ -561,15 +606,15 @@ cudaError_t scan_across(const ScanArgs& a, const Op& op, Launch& launch) {
   for (const Grid* g : {&a.terminated, &a.truncated, &a.mask}) plain &= is_byte_grid(*g, g->n, 0, 1);
   if constexpr (sizeof(T) == 4) {
     if (plain) {
-      return start(&across_kernel<Op, T, kChained, true>, groups * tiles, kAcrossWarps * kWarp, launch.stream, a, op,
-                   posts, ticket, groups, tiles);
+      return start_scan<kMoments>(&across_kernel<Op, T, kChained, kMoments, true>, a, groups * tiles,
+                                  kAcrossWarps * kWarp, launch, op, posts, ticket, groups, tiles);
     }
   }
-  return start(&across_kernel<Op, T, kChained, false>, groups * tiles, kAcrossWarps * kWarp, launch.stream, a, op,
-               posts, ticket, groups, tiles);
+  return start_scan<kMoments>(&across_kernel<Op, T, kChained, kMoments, false>, a, groups * tiles, kAcrossWarps * kWarp,
+                              launch, op, posts, ticket, groups, tiles);
 }
 
-template <class Op, class T, bool kChained, int kRows>
+template <class Op, class T, bool kChained, int kRows, bool kMoments>
 cudaError_t scan_along(const ScanArgs& a, const Op& op, Launch& launch) {
   const int64_t tile = kAlongSteps<T> / kRows;
   const int64_t tiles = a.bounds ? 1 : (a.steps + tile - 1) / tile;
@@ -590,32 +635,37 @@ cudaError_t scan_along(const ScanArgs& a, const Op& op, Launch& launch) {
   }
   if constexpr (sizeof(T) == 4) {
     if (plain) {
-      return start(&along_kernel<Op, T, kChained, kRows, true>, blocks, kAlongWarps * kWarp, launch.stream, a, op,
-                   posts, ticket, groups, tiles);
+      return start_scan<kMoments>(&along_kernel<Op, T, kChained, kRows, kMoments, true>, a, blocks, kAlongWarps * kWarp,
+                                  launch, op, posts, ticket, groups, tiles);
     }
   }
-  return start(&along_kernel<Op, T, kChained, kRows, false>, blocks, kAlongWarps * kWarp, launch.stream, a, op, posts,
-               ticket, groups, tiles);
+  return start_scan<kMoments>(&along_kernel<Op, T, kChained, kRows, kMoments, false>, a, blocks, kAlongWarps * kWarp,
+                              launch, op, posts, ticket, groups, tiles);
 }
 
 // make(T{}): the estimator with its constants as T.
 template <class Make>
 cudaError_t scan(const ScanArgs& a, Launch& launch, Make&& make) {
-  if ((a.bounds ? a.steps : a.steps * a.columns) == 0) return cudaSuccess;
+  if ((a.bounds ? a.steps : a.steps * a.columns) == 0) {
+    return a.moments ? cudaMemsetAsync(a.moments, 0, 3 * sizeof(double), launch.stream) : cudaSuccess;
+  }
   return by_dtype(a.is_double, [&](auto zero) {
     using T = decltype(zero);
     const auto op = make(zero);
     using Op = std::remove_const_t<decltype(op)>;
-    const auto run = [&](auto chained) {
-      constexpr bool kChained = chained();
-      if (!a.bounds && a.output_n == 1 && a.columns > 1) return scan_across<Op, T, kChained>(a, op, launch);
-      if (!a.bounds && 4 * a.steps <= kAlongSteps<T>) return scan_along<Op, T, kChained, 4>(a, op, launch);
-      return scan_along<Op, T, kChained, 1>(a, op, launch);
+    const auto run = [&](auto chained, auto moments) {
+      constexpr bool kChained = chained(), kMoments = moments();
+      if (!a.bounds && a.output_n == 1 && a.columns > 1) return scan_across<Op, T, kChained, kMoments>(a, op, launch);
+      if (!a.bounds && 4 * a.steps <= kAlongSteps<T>) return scan_along<Op, T, kChained, 4, kMoments>(a, op, launch);
+      return scan_along<Op, T, kChained, 1, kMoments>(a, op, launch);
     };
     if constexpr (Op::kRatios) {
-      if (!(a.c_clip <= 1)) return run(std::true_type{});
+      if (!(a.c_clip <= 1)) return run(std::true_type{}, std::false_type{});
     }
-    return run(std::false_type{});
+    if constexpr (Op::kMoments) {
+      if (a.moments) return run(std::false_type{}, std::true_type{});
+    }
+    return run(std::false_type{}, std::false_type{});
   });
 }
 

@@ -91,15 +91,6 @@ PF_DEV int64_t gathered(const Stream& index, int64_t i, int64_t stored, Offence*
 
 // --- moments of a stream ---------------------------------------------------------------------------------------------
 
-struct CountedSums {
-  double count = 0;
-  ShiftedSums sums;
-  PF_DEV void merge(const CountedSums& o) {
-    sums.merge(count, o.sums, o.count);
-    count += o.count;
-  }
-};
-
 // The valid elements of x [n], gathered by `index` or not: a partial sum for each block.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads)

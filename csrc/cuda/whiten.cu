@@ -6,13 +6,6 @@ namespace pf {
 namespace PF_ISA {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) join_kernel(const CountedSums* partials, int count, double* moments) {
-  const CountedSums sums = sum_of_partials<kWarps>(partials, count);
-  if (threadIdx.x != 0) return;
-  const Moments m = sums.sums.finish(sums.count);
-  moments[0] = m.count, moments[1] = m.mean, moments[2] = m.m2;
-}
-
 // given: count, mean and m2; or nullptr: they are summed from the partials, by every block for itself.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -58,7 +51,7 @@ cudaError_t whiten(const WhitenArgs& a, Launch& launch) {
       const cudaError_t e = queue_moments<T>(a.x, a.mask, Stream{}, 0, a.n, launch, partials, count);
       if (e != cudaSuccess) return e;
     }
-    if (!a.out.data) return start(&join_kernel, 1, kThreads, launch.stream, partials, count, a.moments);
+    if (!a.out.data) return queue_join(partials, count, a.moments, launch);
     const double* given = a.have_moments ? a.moments : nullptr;
     if constexpr (sizeof(T) == 4) {
       if (is_plain(a.x, DType::f32, 16) && is_plain_mask(a.mask) && is_plain(a.out, DType::f32, 16)) {

@@ -94,7 +94,7 @@ PF_FN Step<V, M> open_step(const Op& op, const Presence& has, const Inputs<V, M>
 }
 
 // Each estimator: which inputs it has, its step, and its outputs from x_t and x_{t+1}. `decay` is what it makes of γ
-// and λ once per column, in float64.
+// and λ once per column, in float64. kMoments: it can take the moments of its first output as it goes.
 
 // δ_t = r_t + γ·V_{t+1} - V_t;  A_t = δ_t + γλ·A_{t+1};  returns = A + V (arXiv 1506.02438, eq. 16).
 template <class T>
@@ -102,6 +102,7 @@ struct Gae {
   static constexpr bool kValues = true, kRatios = false, kAhead = true;
   static constexpr int kOutputs = 2;
   static constexpr bool kPlainToo = true;  // has a version of its own without truncation and masks
+  static constexpr bool kMoments = true;
 
   static PF_FN double decay(double gamma, double lam) { return gamma * lam; }
   template <class V, class M>
@@ -120,7 +121,7 @@ template <class T>
 struct DiscountedReturns {
   static constexpr bool kValues = false, kRatios = false, kAhead = true;
   static constexpr int kOutputs = 1;
-  static constexpr bool kPlainToo = false;
+  static constexpr bool kPlainToo = false, kMoments = false;
 
   static PF_FN double decay(double gamma, double) { return gamma; }
   template <class V, class M>
@@ -139,7 +140,7 @@ template <class T>
 struct Vtrace {
   static constexpr bool kValues = true, kRatios = true, kAhead = false;
   static constexpr int kOutputs = 2;
-  static constexpr bool kPlainToo = false;
+  static constexpr bool kPlainToo = false, kMoments = false;
   T rho_clip, c_clip;
 
   static PF_FN double decay(double, double lam) { return lam; }

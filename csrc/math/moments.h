@@ -26,15 +26,16 @@ struct Moments {
 
 // The same before the end, around one of the numbers: nothing cancels that n roundings do not bound, and joining two
 // takes no division.
-struct ShiftedSums {
-  double shift = 0, drift = 0, squares = 0;
+template <class T>
+struct SumsAround {
+  T shift = 0, drift = 0, squares = 0;
 
-  PF_FN void add(double x, bool is_first) {
+  PF_FN void add(T x, bool is_first) {
     if (is_first) shift = x;
-    const double deviation = x - shift;
+    const T deviation = x - shift;
     drift += deviation, squares += deviation * deviation;
   }
-  PF_FN void merge(double count, const ShiftedSums& o, double others) {
+  PF_FN void merge(double count, const SumsAround& o, double others) {
     if (others == 0) return;
     if (count == 0) {
       *this = o;
@@ -45,7 +46,9 @@ struct ShiftedSums {
     drift += o.drift + others * step;
   }
   PF_FN Moments finish(double count) const { return Moments::shifted(count, shift, drift, squares); }
+  PF_FN SumsAround<double> wide() const { return {shift, drift, squares}; }
 };
+using ShiftedSums = SumsAround<double>;
 
 }  // namespace PF_ISA
 }  // namespace pf

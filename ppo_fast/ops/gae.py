@@ -25,7 +25,8 @@ def gae(
     time_dim: int = 0,
     differentiable: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    moments: bool = False,
+) -> tuple[Tensor, ...]:
     """Advantages and returns in one backward pass (Schulman et al. 2016, arXiv 1506.02438).
 
     Formula::
@@ -49,28 +50,35 @@ def gae(
         differentiable: differentiate through the estimate (the plain torch formula).
         out: (advantages, returns) to write to, contiguous, of the results' shape and dtype, apart from every input. Worth
             it above 32 MiB, where an allocator maps fresh pages on every call: that takes longer than the scan.
+        moments: True returns a third result, what `whiten` needs to know of the advantages that the mask keeps:
+            `whiten(advantages, mask=mask, moments=moments)` then reads them once, not twice.
 
     Flags and masks are bool, integer or floating, set where not 0; floating inputs float32, float64, bfloat16 or
     float16, in any strides.
 
     Returns:
-        (advantages, returns), float32 (float64 where rewards or values are), contiguous in the shape of `rewards`.
+        (advantages, returns), float32 (float64 where rewards or values are), contiguous in the shape of `rewards`; with
+        `moments` a third, float64 [3]: n, their mean m and Σ (A_t - m)², joined over blocks in a fixed order (Chan et al.
+        1979). Zeros where no advantage is valid. Its last bits depend on the layout, not on threads or the run.
 
-    Gradient: none; the inputs are constants, also where they require a gradient, unless `differentiable`.
+    Gradient: none; the inputs are constants, also where they require a gradient, unless `differentiable`; then of all
+    three results.
 
     Errors: TypeError for a dtype or a missing tensor, ValueError for a shape, a rate or an absent final value.
 
-    Cost: reads each input once, writes two outputs: float32 with bool `terminated` 17 bytes a step. Bits do not depend
-    on threads, instruction set, layout, or what else is in the batch; packed and padded sequences agree.
+    Cost: reads each input once, writes two outputs: float32 with bool `terminated` 17 bytes a step. With `moments` no more
+    on a GPU, where every path sums what it writes; on the CPU the first pass of `whiten` comes after the scan, 4 bytes.
+    Bits do not depend on threads, instruction set, layout, or what else is in the batch; packed and padded sequences agree.
     """
     if out is not None:
         return _into(out, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
-                     gamma, lam, time_dim, differentiable)  # fmt: skip
+                     gamma, lam, time_dim, differentiable, moments)  # fmt: skip
     if not differentiable:
         if torch.compiler.is_compiling():
-            return _op(*map(_scan.constant, (rewards, values, last_values, terminated, truncated)),
-                       *_scan.split_final(final_values), mask, mask_mode, cu_seqlens, *_scan.split_rate(gamma),
-                       *_scan.split_rate(lam), time_dim)  # fmt: skip
+            results = _op(*map(_scan.constant, (rewards, values, last_values, terminated, truncated)),
+                          *_scan.split_final(final_values), mask, mask_mode, cu_seqlens, *_scan.split_rate(gamma),
+                          *_scan.split_rate(lam), time_dim, moments)  # fmt: skip
+            return results if moments else results[:2]
         backend = _backend.pick("gae", rewards)
         if backend is not None:
             if rewards.ndim > 2 or not backend.checks:
@@ -78,25 +86,25 @@ def gae(
                        gamma, lam, time_dim)  # fmt: skip
             if rewards.ndim <= 2:
                 return _fill(backend, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode,
-                             cu_seqlens, gamma, lam, time_dim)  # fmt: skip
+                             cu_seqlens, gamma, lam, time_dim, moments)  # fmt: skip
             grid = _scan.Grids(rewards.shape, time_dim)
-            advantages, returns = _fill(
+            advantages, returns, *found = _fill(
                 backend, grid(rewards), grid(values), grid.rows(last_values), grid(terminated), grid(truncated),
-                grid.final(final_values), grid(mask), mask_mode, None, grid.rows(gamma), grid.rows(lam), grid.time_dim,
+                grid.final(final_values), grid(mask), mask_mode, None, grid.rows(gamma), grid.rows(lam), grid.time_dim, moments,
             )  # fmt: skip
-            return grid.back(advantages), grid.back(returns)
+            return grid.back(advantages), grid.back(returns), *found
     if not torch.compiler.is_compiling():
         _check(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma,
                lam, time_dim)  # fmt: skip
     result = reference.gae(
         rewards, values, last_values, terminated=terminated, truncated=truncated, final_values=final_values, mask=mask,
-        mask_mode=mask_mode, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, time_dim=time_dim,
+        mask_mode=mask_mode, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam, time_dim=time_dim, moments=moments,
     )  # fmt: skip
     return result if differentiable else tuple(x.detach() for x in result)
 
 
 def _into(out, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
-          time_dim, differentiable):  # fmt: skip
+          time_dim, differentiable, moments):  # fmt: skip
     if differentiable:
         raise ValueError("gae: out cannot be given with differentiable=True")
     _scan.check_out("gae", out, rewards, values, (last_values, terminated, truncated, mask))
@@ -107,26 +115,27 @@ def _into(out, rewards, values, last_values, terminated, truncated, final_values
                    lam, time_dim)  # fmt: skip
         torch.autograd.graph.increment_version(out)
         return _fill(backend, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens,
-                     gamma, lam, time_dim, out)  # fmt: skip
+                     gamma, lam, time_dim, moments, out)  # fmt: skip
     fresh = gae(rewards, values, last_values, terminated=terminated, truncated=truncated, final_values=final_values,
                 mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens, gamma=gamma, lam=lam,
-                time_dim=time_dim)  # fmt: skip
-    return tuple(to.copy_(x) for to, x in zip(out, fresh, strict=True))
+                time_dim=time_dim, moments=moments)  # fmt: skip
+    return *(to.copy_(x) for to, x in zip(out, fresh[:2], strict=True)), *fresh[2:]
 
 
 def _fill(backend, rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
-          time_dim, out=None):  # fmt: skip
+          time_dim, moments, out=None):  # fmt: skip
     double = _scan.is_double(rewards, values)
     if out is None:
         advantages = _scan.empty(rewards, double)
         returns = _memory.empty_like(advantages)
     else:
         advantages, returns = out
+    found = torch.empty(3, dtype=torch.float64, device=advantages.device) if moments else None
     final_values = _scan.final_grid(backend, final_values, rewards)
     backend.ops.gae(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode,
-                    _scan.borders(backend, cu_seqlens), gamma, lam, time_dim, double, advantages, returns,
+                    _scan.borders(backend, cu_seqlens), gamma, lam, time_dim, double, advantages, returns, found,
                     backend.resources())  # fmt: skip
-    return advantages, returns
+    return (advantages, returns) if found is None else (advantages, returns, found)
 
 
 def _check(rewards, values, last_values, terminated, truncated, final_values, mask, mask_mode, cu_seqlens, gamma, lam,
@@ -142,23 +151,25 @@ def _check(rewards, values, last_values, terminated, truncated, final_values, ma
 
 
 def _kernel(rewards, values, last_values, terminated, truncated, final_values, final_index, mask, mask_mode, cu_seqlens,
-            gamma, gamma_row, lam, lam_row, time_dim):  # fmt: skip
-    out = gae(rewards, values, last_values, terminated=terminated, truncated=truncated,
-              final_values=_scan.joined_final(final_values, final_index), mask=mask, mask_mode=mask_mode,
-              cu_seqlens=cu_seqlens, gamma=_scan.joined_rate(gamma, gamma_row), lam=_scan.joined_rate(lam, lam_row),
-              time_dim=time_dim)  # fmt: skip
-    return tuple(x.contiguous() for x in out)
+            gamma, gamma_row, lam, lam_row, time_dim, moments=False):  # fmt: skip
+    advantages, returns, *found = gae(
+        rewards, values, last_values, terminated=terminated, truncated=truncated,
+        final_values=_scan.joined_final(final_values, final_index), mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens,
+        gamma=_scan.joined_rate(gamma, gamma_row), lam=_scan.joined_rate(lam, lam_row), time_dim=time_dim, moments=moments,
+    )  # fmt: skip
+    return advantages.contiguous(), returns.contiguous(), *(found or (_library.placeholder(rewards),))
 
 
 def _fake(rewards, values, *rest):
-    return _scan.fake(rewards, values), _scan.fake(rewards, values)
+    found = rewards.new_empty(3, dtype=torch.float64) if rest[-1] is True else _library.placeholder(rewards)
+    return _scan.fake(rewards, values), _scan.fake(rewards, values), found
 
 
 _op = _library.define(
     "gae",
     "(Tensor rewards, Tensor values, Tensor? last_values, Tensor? terminated, Tensor? truncated, Tensor? final_values, "
     "Tensor? final_index, Tensor? mask, str mask_mode, Tensor? cu_seqlens, float gamma, Tensor? gamma_row, float lam, "
-    "Tensor? lam_row, int time_dim) -> (Tensor, Tensor)",
+    "Tensor? lam_row, int time_dim, bool moments=False) -> (Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )

@@ -22,6 +22,7 @@ def whiten(
     group: Any = None,
     eps_in_variance: bool = False,
     differentiable: bool = False,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """y = (x - mean) / (std + eps) over the elements that `mask` keeps; what control trainers do to advantages.
 
@@ -33,7 +34,9 @@ def whiten(
         shift_mean: False adds the mean back, so only the scale changes.
         group: a torch.distributed process group; mean and variance are then over all its ranks.
         eps_in_variance: sqrt(var + eps) instead, as language-model trainers have it (TRL, verl).
-        differentiable: True lets gradients flow to x, through the reference. Otherwise x is a constant.
+        differentiable: True lets gradients flow to x (and to `moments`), through the reference. Otherwise they are constants.
+        moments: of the valid elements of x, [3] float64: their count, mean m and Σ (x - m)², as `gae(..., moments=True)`
+            leaves them; x is then read once, not twice. With `group`: this rank's, joined with the others'.
 
     Returns:
         y, [...], contiguous, float32 (float64 for float64 input). With no more than `ddof` valid elements there is no
@@ -43,14 +46,17 @@ def whiten(
 
     Errors: TypeError for a dtype, ValueError for a shape, ddof or eps.
 
-    Cost: reads x twice, mask twice, writes y once: 12 bytes an element in float32.
+    Cost: reads x twice, mask twice, writes y once: 12 bytes an element in float32; with `moments` 8.
     """
     if ddof not in (0, 1):
         raise ValueError(f"whiten: ddof must be 0 or 1, got {ddof!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"whiten: eps must be finite and >= 0, got {eps!r}")
+    if moments is not None:
+        _check_moments(x, moments)
     if torch.compiler.is_compiling() and group is None and not differentiable and _backend.compiles_kernel(x):
-        return _op(x.detach(), mask, ddof, float(eps), shift_mean, eps_in_variance)
+        known = None if moments is None else moments.detach()
+        return _op(x.detach(), mask, ddof, float(eps), shift_mean, eps_in_variance, known)
     backend = None
     if not differentiable and not torch.compiler.is_compiling():
         backend = _backend.pick("whiten", x)
@@ -59,20 +65,23 @@ def whiten(
         _checks.same_device("whiten", x, mask=mask)
     if backend is None:
         x = x if differentiable else x.detach()
-        moments = None if group is None else _joined(_reference_moments(x, mask), ddof, group)
+        if moments is not None and not differentiable:
+            moments = moments.detach()
+        if group is not None:
+            moments = _joined(reference.moments_of(x, mask) if moments is None else moments, group)
         return reference.whiten(x, mask=mask, ddof=ddof, eps=eps, shift_mean=shift_mean,
                                 eps_in_variance=eps_in_variance, moments=moments)  # fmt: skip
     _checks.floating("whiten", x=x)
     out = _memory.empty_like(x, _dtype_of_result(x))
     options = (ddof, eps, shift_mean, eps_in_variance, backend.resources())
-    if group is None:
-        backend.ops.whiten(x, mask, out, None, False, *options)
-        return out
-    local = torch.empty(3, dtype=torch.float64, device=x.device)
-    backend.ops.whiten(x, mask, None, local, False, *options)
-    count, mean, variance = _joined(local, ddof, group)
-    everywhere = torch.stack([count, mean, variance * (count - ddof).clamp(min=1.0)]).to(x.device)
-    backend.ops.whiten(x, mask, out, everywhere, True, *options)
+    if group is not None:
+        if moments is None:
+            moments = torch.empty(3, dtype=torch.float64, device=x.device)
+            backend.ops.whiten(x, mask, None, moments, False, *options)
+        moments = _joined(moments.detach(), group).to(x.device)
+    elif moments is not None:
+        moments = moments.detach().contiguous()
+    backend.ops.whiten(x, mask, out, moments, moments is not None, *options)
     return out
 
 
@@ -80,13 +89,20 @@ def _dtype_of_result(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _reference_moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    count, mean, variance = reference._moments(x.double(), None if mask is None else mask != 0, 0)
-    return torch.stack([count, mean, variance * count.clamp(min=1.0)])
+def _check_moments(x: Tensor, moments: Tensor) -> None:
+    if not isinstance(moments, Tensor):
+        raise TypeError(f"whiten: moments must be [3] float64, got {type(moments).__name__}")
+    if moments.dtype != torch.float64 or moments.shape != (3,):
+        kind = ValueError if moments.dtype == torch.float64 else TypeError
+        dtype = str(moments.dtype).removeprefix("torch.")
+        raise kind(f"whiten: moments must be [3] float64, got {list(moments.shape)} {dtype}")
+    if isinstance(x, Tensor):
+        _checks.same_device("whiten", x, moments=moments)
 
 
-def _joined(local: Tensor, ddof: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and variance over all ranks from each rank's (count, mean, m2), joined in rank order."""
+def _joined(local: Tensor, group: Any) -> Tensor:
+    """Count, mean and m2 over all ranks from each rank's, joined in rank order."""
+    local = local.contiguous()
     parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, local, group=group)
     count, mean, m2 = parts[0]
@@ -97,23 +113,26 @@ def _joined(local: Tensor, ddof: int, group: Any) -> tuple[Tensor, Tensor, Tenso
         mean = mean + delta * share
         m2 = m2 + other_m2 + delta * delta * (count * share)
         count = total
-    return count, mean, m2 / (count - ddof).clamp(min=1.0)
+    return torch.stack([count, mean, m2])
 
 
 # --- under torch.compile ----------------------------------------------------------------------------------------------
 
 
-def _kernel(x, mask, ddof, eps, shift_mean, eps_in_variance):
-    return whiten(x, mask=mask, ddof=ddof, eps=eps, shift_mean=shift_mean, eps_in_variance=eps_in_variance)
+def _kernel(x, mask, ddof, eps, shift_mean, eps_in_variance, moments=None):
+    return whiten(
+        x, mask=mask, ddof=ddof, eps=eps, shift_mean=shift_mean, eps_in_variance=eps_in_variance, moments=moments
+    )
 
 
-def _fake(x, mask, ddof, eps, shift_mean, eps_in_variance):
+def _fake(x, mask, ddof, eps, shift_mean, eps_in_variance, moments=None):
     return torch.empty_like(x, dtype=_dtype_of_result(x), memory_format=torch.contiguous_format)
 
 
 _op = _library.define(
     "whiten",
-    "(Tensor x, Tensor? mask, int ddof, float eps, bool shift_mean, bool eps_in_variance) -> Tensor",
+    "(Tensor x, Tensor? mask, int ddof, float eps, bool shift_mean, bool eps_in_variance, "
+    "Tensor? moments=None) -> Tensor",
     _kernel,
     _fake,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scan_cases import assert_moments
 
 import ppo_fast as pf
 
@@ -112,6 +113,33 @@ def test_columns_stand_alone(backend, shape, dtype):
         packed = pf.gae(**flat, cu_seqlens=torch.arange(columns + 1, device=DEVICE) * steps)
     for w, r, a, p in zip(whole, by_row, alone, packed, strict=True):
         assert torch.equal(r.t(), w) and torch.equal(a, w[:, n]) and torch.equal(p.view(columns, steps).t(), w)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(1, 1), (257, 3), (2100, 5), (300, 3000), (7, 70_001)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_advantages_repeat(backend, shape, dtype):
+    """Tiles finish in any order; their sums are joined in one."""
+    shape = shape if DEVICE != "cpu" else (shape[0] % 29 + 1, shape[1] % 31 + 1)
+    mask = torch.rand(shape, device=DEVICE) < 0.7
+    r = torch.where(mask, torch.randn(shape, dtype=dtype, device=DEVICE) + 9.0, torch.nan)
+    v = torch.randn(shape, dtype=dtype, device=DEVICE)
+    bounds = torch.arange(shape[1] + 1, device=DEVICE) * shape[0]
+    flat = {
+        "rewards": r.t().reshape(-1),
+        "values": v.t().reshape(-1),
+        "mask": mask.t().reshape(-1),
+        "cu_seqlens": bounds,
+    }
+    layouts = [{"rewards": r, "values": v, "mask": mask}, flat]
+    layouts += [{"rewards": r.t(), "values": v.t(), "mask": mask.t(), "time_dim": 1}]
+    with pf.use_backend(backend):
+        for layout in layouts:
+            advantages, returns = pf.gae(**layout)
+            found = [pf.gae(**layout, moments=True) for _ in range(5)]
+            assert all(torch.equal(x[0], advantages) and torch.equal(x[1], returns) for x in found)
+            assert all(torch.equal(x[2], found[0][2]) for x in found)
+            assert_moments(found[0][2], advantages, layout["mask"])
 
 
 @each_backend

@@ -94,6 +94,26 @@ def test_first_calls_of_all_are_captured(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("shape", [(20, 6), (1040, 70), (5, 40_000)])
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_advantages_and_their_moments(backend, shape, time_dim):
+    """Whitened by sums that the scan took."""
+    rewards, values = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
+
+    def white():
+        advantages, returns, moments = pf.gae(rewards, values, time_dim=time_dim, moments=True)
+        return torch.cat([pf.whiten(advantages, moments=moments).flatten(), returns.flatten(), moments.float()])
+
+    with pf.use_backend(backend):
+        graph, result = captured(white)
+        for _ in range(3):
+            rewards.normal_()
+            graph.replay()
+            graph.replay()
+            assert torch.equal(result, white())
+
+
+@each_backend
 def test_a_whole_update(backend):
     """Advantages, a network, the loss, its backward and an optimizer's step in one graph: the same parameters as without."""
     torch.manual_seed(1)

@@ -121,11 +121,11 @@ class Learner:
         if values is not None:
             alpha = config.length_adaptive_alpha
             lam = config.gae_lambda if alpha is None else estimators.length_adaptive_lambda(mask.sum(1), alpha)
-            advantages, returns = pf.gae(
-                rewards, values, mask=mask, gamma=config.gamma, lam=lam, time_dim=1
+            advantages, returns, moments = pf.gae(
+                rewards, values, mask=mask, gamma=config.gamma, lam=lam, time_dim=1, moments=True
             )  # a response that was cut counts as ended: its score is all it gets
             if config.whiten_advantages:
-                advantages = pf.whiten(advantages, mask=mask, eps_in_variance=True)
+                advantages = pf.whiten(advantages, mask=mask, moments=moments, eps_in_variance=True)
         elif config.algorithm == "remax":
             assert baselines is not None
             advantages = estimators.remax(rewards, baselines, mask)
