@@ -17,4 +17,5 @@ TRAINERS = {
     "sb3_contrib": "sb3-contrib",
     "rsl_rl": "rsl-rl-lib",
     "skrl": "skrl",
+    "torchrl": "torchrl",
 }

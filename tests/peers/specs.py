@@ -68,5 +68,14 @@ PEERS = {
             arguments=("-p", "skrl_fields"),  # the public repository has the tests of 2.0; see the stub
             shadows=("skrl",),
         ),
+        Peer(
+            "torchrl",
+            "torchrl",
+            "0.14.1",
+            tests_from=("https://github.com/pytorch/rl", "v0.14.1"),
+            paths=("test/objectives/test_values.py", "test/objectives/test_ppo.py"),
+            arguments=("-k", "gae or GAE or adv or Adv or (TestPPO and not compile)"),
+            shadows=("torchrl",),
+        ),
     )
 }
