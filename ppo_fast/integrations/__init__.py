@@ -18,4 +18,7 @@ TRAINERS = {
     "rsl_rl": "rsl-rl-lib",
     "skrl": "skrl",
     "torchrl": "torchrl",
+    "tianshou": "tianshou",
+    "rl_games": "rl-games",
+    "rllib": "ray",
 }
