@@ -23,6 +23,7 @@ def episodes(size, dtype=np.float32, flags=np.bool_):
     rng = np.random.default_rng(0)
     values, rewards = rng.normal(size=(2, size))
     terminateds, truncateds = (rng.random((2, size)) < 0.1).astype(flags)
+    truncateds[-1] = size % 2 == 0
     return [values.astype(np.float32), rewards.astype(dtype), terminateds, truncateds, 0.99, 0.95]
 
 
@@ -116,7 +117,7 @@ def loss_and_gradients(learner, kind, shape, masked=False, nan=False, bfloat16=F
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape, options", [
     ((32,), {}), ((6, 5), {"masked": True}), ((32,), {"use_kl_loss": False}), ((32,), {"use_critic": False}),
-    ((32,), {"vf_clip_param": 0.01}), ((32,), {"scale": 30.0}), ((32,), {"scale": 0.0}), ((2,), {}),
+    ((32,), {"vf_clip_param": 0.01}), ((32,), {"scale": 6.0}), ((32,), {"scale": 0.0}), ((2,), {}),
     ((4, 3), {"masked": True, "use_kl_loss": False, "vf_clip_param": float("inf")}),
 ])  # fmt: skip
 def test_loss(kind, shape, options):
