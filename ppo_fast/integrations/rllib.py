@@ -51,7 +51,10 @@ def compute_value_targets(
     arrays = values, rewards, terminateds, truncateds
     if any(x.ndim != 1 or x.shape != values.shape for x in arrays) or len(values) == 0:
         return _theirs(values, rewards, terminateds, truncateds, gamma, lambda_)
-    ends: dict[str, Any] = {"terminated": torch.from_numpy(terminateds != 0), "truncated": torch.from_numpy(truncateds != 0)}
+    ends: dict[str, Any] = {
+        "terminated": torch.from_numpy(terminateds != 0),
+        "truncated": torch.from_numpy(truncateds != 0),
+    }
     exact = torch.from_numpy(values.astype(np.float64))
     after = torch.cat([exact[1:], exact.new_zeros(1)])
     rewards_ = torch.from_numpy(rewards.astype(np.float64))

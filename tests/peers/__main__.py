@@ -113,7 +113,8 @@ def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: 
     stubs = ROOT / "tests/peers/stubs" / peer.name
     path = [ROOT, ROOT / "tests/peers/plugin", packages, *(source / x for x in peer.from_source), stubs]
     environment = {
-        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **peer.environment, "PPO_FAST_PEER": peer.name if enabled else "",
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **peer.environment,
+        "PPO_FAST_PEER": peer.name if enabled else "",
         "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [
