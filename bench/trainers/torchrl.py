@@ -14,7 +14,12 @@ PACKAGE, TASK = "torchrl", "GAE and ClipPPOLoss, 8 CartPole-v1, 256 steps each"
 def measure(enabled: bool, seed: int, quick: bool) -> dict[str, Any]:
     import gymnasium
     from tensordict import TensorDict
-    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+    from tensordict.nn import (
+        InteractionType,
+        ProbabilisticTensorDictModule,
+        ProbabilisticTensorDictSequential,
+        TensorDictModule,
+    )
     from torchrl.modules import OneHotCategorical
     from torchrl.objectives import ClipPPOLoss
     from torchrl.objectives.value import GAE
@@ -32,7 +37,11 @@ def measure(enabled: bool, seed: int, quick: bool) -> dict[str, Any]:
                                    torch.nn.Linear(64, outputs))  # fmt: skip
 
     head = ProbabilisticTensorDictModule(
-        in_keys=["logits"], out_keys=["action"], distribution_class=OneHotCategorical, return_log_prob=True
+        in_keys=["logits"],
+        out_keys=["action"],
+        distribution_class=OneHotCategorical,
+        return_log_prob=True,
+        default_interaction_type=InteractionType.RANDOM,
     )
     actor = ProbabilisticTensorDictSequential(TensorDictModule(layers(2), in_keys=["obs"], out_keys=["logits"]), head)
     critic = TensorDictModule(layers(1), in_keys=["obs"], out_keys=["state_value"])
