@@ -19,4 +19,8 @@ TRAINERS = {
     "verl": "verl",
     "rsl_rl": "rsl-rl-lib",
     "skrl": "skrl",
+    "torchrl": "torchrl",
+    "tianshou": "tianshou",
+    "rl_games": "rl-games",
+    "rllib": "ray",
 }

@@ -105,5 +105,31 @@ PEERS = {
             arguments=("-p", "skrl_fields"),  # the public repository has the tests of 2.0; see the stub
             shadows=("skrl",),
         ),
+        Peer(
+            "torchrl",
+            "torchrl",
+            "0.14.1",
+            tests_from=("https://github.com/pytorch/rl", "v0.14.1"),
+            paths=("test/objectives/test_values.py", "test/objectives/test_ppo.py"),
+            arguments=("-k", "gae or GAE or adv or Adv or (TestPPO and not compile)"),
+            shadows=("torchrl",),
+        ),
+        Peer(
+            "tianshou",
+            "tianshou",
+            "2.0.1",
+            beside=(
+                "deepdiff==9.1.0",
+                "orderly-set==5.5.0",
+                "cachebox==6.2.10",
+                "sensai-utils==1.6.0",
+                "overrides==7.7.0",
+                "h5py==3.16.0",
+                "pettingzoo==1.27.0",
+            ),
+            tests_from=("https://github.com/thu-ml/tianshou", "v2.0.1"),
+            paths=("test/base/test_returns.py", "test/base/test_policy.py"),
+            shadows=("tianshou",),
+        ),  # rl_games 1.6.5 has one test, `assert True`; the wheel of ray has none
     )
 }
