@@ -47,6 +47,20 @@ PEERS = {
             paths=("tests/test_invalid_actions.py", "tests/test_lstm.py", "tests/test_distributions.py"),
         ),
         Peer(
+            "slime",
+            "slime",  # of that name there is a placeholder on PyPI: its repository is put on the path
+            "0.3.1",
+            from_source=(".",),
+            tests_from=("https://github.com/THUDM/slime", "v0.3.1"),
+            paths=(
+                "tests/test_chunked_gae.py",
+                "tests/test_discounted_returns.py",
+                "tests/test_ppo_logprob_entropy.py",
+                "tests/test_policy_loss.py",
+            ),
+            arguments=("-k", "not 131072 and not 8192 and not vocab_parallel"),  # minutes each, the last with processes
+        ),
+        Peer(
             "verl",
             "verl",
             "0.9.1",
