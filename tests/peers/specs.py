@@ -32,7 +32,8 @@ class Peer:
 
 #: Ray and Hydra with what importing them needs.
 RAY = (
-    "ray==2.60.0", "hydra-core==1.3.8", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "msgpack==1.2.4", "requests==2.34.2", "urllib3==2.8.0",
+    "ray==2.60.0", "hydra-core==1.3.8", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "msgpack==1.2.4",
+    "requests==2.34.2", "urllib3==2.8.0",
     "idna==3.20", "certifi==2026.10.18", "charset-normalizer==3.5.2", "jsonschema==4.26.0", "attrs==26.1.0",
     "referencing==0.37.0", "rpds-py==2026.9.1", "jsonschema-specifications==2025.9.1",
 )  # fmt: skip
