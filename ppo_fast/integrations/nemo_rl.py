@@ -62,7 +62,8 @@ def compute_gae(
     known = all(isinstance(x, (int, float)) and 0.0 <= x <= 1.0 for x in rates)
     if not known or not _estimates(mask, token_level_rewards, values):
         return theirs.compute_gae(self, token_level_rewards, values, mask, gae_lambda)
-    return gae(token_level_rewards, values, mask=mask.bool(), gamma=self.gae_gamma, lam=lam, time_dim=1)
+    advantages, returns = gae(token_level_rewards, values, mask=mask.bool(), gamma=self.gae_gamma, lam=lam, time_dim=1)
+    return advantages, returns
 
 
 def reward_whiten(self: Any, rewards: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

@@ -50,7 +50,8 @@ def _same(rewards: Any, values: Any) -> bool:
 def vanilla_gae(rewards: Tensor, values: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
     if not (_rates(gamma, lambd) and _same(rewards, values) and rewards.ndim == 2):
         return theirs.vanilla_gae(rewards, values, gamma, lambd)
-    return gae(rewards, values, gamma=gamma, lam=lambd, time_dim=1)
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lambd, time_dim=1)
+    return advantages, returns
 
 
 def chunked_gae(
@@ -58,7 +59,8 @@ def chunked_gae(
 ) -> tuple[Tensor, Tensor]:
     if not (_rates(gamma, lambd) and _same(rewards, values) and rewards.ndim == 2):
         return theirs.chunked_gae(rewards, values, gamma, lambd, chunk_size)
-    return gae(rewards, values, gamma=gamma, lam=lambd, time_dim=1)
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lambd, time_dim=1)
+    return advantages, returns
 
 
 def chunked_discounted_returns(rewards: Tensor, discount: float, chunk_size: int = 128) -> Tensor:
