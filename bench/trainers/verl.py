@@ -85,10 +85,12 @@ def measure(enabled: bool, seed: int, quick: bool) -> dict[str, Any]:
         rows, columns = (64, 512) if quick else (1024, 4096)
         rewards, values = torch.randn(rows, columns), torch.randn(rows, columns)
         mask = (torch.arange(columns) < torch.randint(columns // 2, columns + 1, (rows, 1))).long()
-        core_algos.compute_gae_advantage_return(rewards[:8], values[:8], mask[:8], 1.0, 0.95)
-        start = time.perf_counter()
-        core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95)
-        _lap(seconds, "advantages_1024x4096", start)
+        laps = []
+        for _ in range(3):  # the first maps memory
+            start = time.perf_counter()
+            core_algos.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95)
+            laps.append(time.perf_counter() - start)
+        seconds["advantages_1024x4096"] = min(laps)
     return {"seconds": total, "parts": seconds, "curve": curve}
 
 

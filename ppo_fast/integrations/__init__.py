@@ -16,6 +16,8 @@ scripts offer nothing to hook into: `python -m ppo_fast.integrations.cleanrl ppo
 TRAINERS = {
     "sb3": "stable-baselines3",
     "sb3_contrib": "sb3-contrib",
+    "nemo_rl": "nemo-rl",
+    "slime": "slime",
     "verl": "verl",
     "rsl_rl": "rsl-rl-lib",
     "skrl": "skrl",

@@ -30,6 +30,13 @@ class Peer:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+#: Ray and Hydra with what importing them needs.
+RAY = (
+    "ray==2.60.0", "hydra-core==1.3.8", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "msgpack==1.2.4",
+    "requests==2.34.2", "urllib3==2.8.0",
+    "idna==3.20", "certifi==2026.10.18", "charset-normalizer==3.5.2", "jsonschema==4.26.0", "attrs==26.1.0",
+    "referencing==0.37.0", "rpds-py==2026.9.1", "jsonschema-specifications==2025.9.1",
+)  # fmt: skip
 PEERS = {
     peer.name: peer
     for peer in (
@@ -47,28 +54,45 @@ PEERS = {
             paths=("tests/test_invalid_actions.py", "tests/test_lstm.py", "tests/test_distributions.py"),
         ),
         Peer(
+            "nemo_rl",
+            "nemo-rl",  # of that name there is a placeholder on PyPI: its repository is put on the path
+            "0.6.0",
+            beside=(
+                *RAY,
+                "transformers==5.11.0",
+                "tokenizers==0.22.2",
+                "huggingface-hub==1.11.0",
+                "httpx",
+                "httpcore",
+                "h11",
+                "anyio",
+                "sniffio",
+            ),
+            from_source=(".",),
+            tests_from=("https://github.com/NVIDIA-NeMo/RL", "main"),
+            paths=("tests/unit/algorithms/test_ppo.py",),
+            # its conftest starts Ray; its tests of the value loss ask for a GPU and are skipped
+            arguments=("-c", "/dev/null", "--rootdir", ".", "--noconftest", "-k", "gae or raw_reward or mse_value"),
+        ),
+        Peer(
+            "slime",
+            "slime",  # of that name there is a placeholder on PyPI: its repository is put on the path
+            "0.3.1",
+            from_source=(".",),
+            tests_from=("https://github.com/THUDM/slime", "v0.3.1"),
+            paths=(
+                "tests/test_chunked_gae.py",
+                "tests/test_discounted_returns.py",
+                "tests/test_ppo_logprob_entropy.py",
+                "tests/test_policy_loss.py",
+            ),
+            arguments=("-k", "not 131072 and not 8192 and not vocab_parallel"),  # minutes each, the last with processes
+        ),
+        Peer(
             "verl",
             "verl",
             "0.9.1",
-            beside=(
-                "ray==2.60.0",
-                "hydra-core==1.3.8",
-                "omegaconf==2.4.0",
-                "antlr4-python3-runtime==4.9.3",
-                "orjson==3.13.0",
-                "codetiming==1.4.0",
-                "msgpack==1.2.4",
-                "requests==2.34.2",
-                "urllib3",
-                "idna",
-                "certifi",
-                "charset-normalizer",
-                "jsonschema==4.26.0",
-                "attrs",
-                "referencing",
-                "rpds-py",
-                "jsonschema-specifications",
-            ),
+            beside=(*RAY, "orjson==3.13.0", "codetiming==1.4.0"),
             tests_from="wheel",
             paths=tuple(
                 f"tests/trainer/ppo/test_{name}_on_cpu.py"
