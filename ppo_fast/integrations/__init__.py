@@ -19,4 +19,5 @@ TRAINERS = {
     "verl": "verl",
     "rsl_rl": "rsl-rl-lib",
     "skrl": "skrl",
+    "trl": "trl",
 }
