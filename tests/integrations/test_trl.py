@@ -16,6 +16,8 @@ import trl as theirs
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 
+from bench.trainers.trl import tokenizer
+from ppo_fast import linear_log_prob as original
 from ppo_fast.integrations import trl
 
 HEAD = ChunkedLogProbFunction.apply
@@ -154,8 +156,6 @@ def test_only_labels_are_scored(monkeypatch):
         net(ids, labels=torch.full_like(ids, -100), fused_lm_head=True).loss.backward()  # a zero with a graph
     assert seen == [4, 0]
 
-
-from ppo_fast import linear_log_prob as original  # noqa: E402
 
 # --- from logits --------------------------------------------------------------------------------------------------------
 
@@ -384,17 +384,6 @@ def test_what_is_left_to_theirs(settings):
 # --- the trainer --------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of_bytes():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
-
-
 @pytest.fixture
 def trained(tmp_path):
     datasets = pytest.importorskip("datasets")
@@ -407,7 +396,7 @@ def trained(tmp_path):
         model(vocabulary=258).save_pretrained(tmp_path / "model")  # a KL loads it again
         trainer = cls(
             str(tmp_path / "model"), lambda completions, **_: [float(len(set(x))) for x in completions],
-            theirs.GRPOConfig(**arguments), train_dataset=data, processing_class=tokenizer_of_bytes(),
+            theirs.GRPOConfig(**arguments), train_dataset=data, processing_class=tokenizer(258),
         )  # fmt: skip
         trainer.train()
         return trainer
