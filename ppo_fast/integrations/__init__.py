@@ -20,4 +20,5 @@ TRAINERS = {
     "rsl_rl": "rsl-rl-lib",
     "skrl": "skrl",
     "trl": "trl",
+    "openrlhf": "openrlhf",
 }

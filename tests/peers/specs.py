@@ -122,5 +122,16 @@ PEERS = {
                 "VLM and not Slow and not vllm and not liger and not environment) or HighEntropyMask",
             ),
         ),
+        Peer(
+            "openrlhf",
+            "openrlhf",
+            "0.11.2",
+            tests_from="wheel",
+            paths=tuple(
+                f"tests/test_{name}.py"
+                for name in ("loss_aggregation", "actor_entropy_temperature", "kl_estimator_gradient", "experience")
+            ),
+            arguments=("-p", "stand_ins"),
+        ),
     )
 }
