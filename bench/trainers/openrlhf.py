@@ -20,15 +20,17 @@ STAND_INS = Path(__file__).resolve().parents[2] / "tests/peers/stubs/openrlhf"
 
 def measure(enabled: bool, seed: int, quick: bool) -> dict[str, Any]:
     sys.path.append(str(STAND_INS))
-    __import__("stand_ins")  # of DeepSpeed and the like, which it imports
+    import stand_ins  # of DeepSpeed and the like, which it imports
     import torch
-    from openrlhf.models import Actor, PolicyLoss, ValueLoss
-    from openrlhf.models import actor as functions
-    from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    with stand_ins.mocked():
+        from openrlhf.models import Actor, PolicyLoss, ValueLoss
+        from openrlhf.models import actor as functions
+        from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+        from ppo_fast.integrations import openrlhf as ours
     from bench.harness import OURS, Provider, peak_memory
-    from ppo_fast.integrations import openrlhf as ours
 
     from . import timed
 

@@ -12,12 +12,14 @@ import torch
 if importlib.util.find_spec("openrlhf") is None:
     pytest.skip("openrlhf is not installed", allow_module_level=True)
 sys.path.append(str(Path(__file__).parents[1] / "peers/stubs/openrlhf"))
-import stand_ins  # noqa: F401
-from openrlhf.models import PolicyLoss, ValueLoss
-from openrlhf.models import utils as models_utils
-from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+import stand_ins
 
-from ppo_fast.integrations import openrlhf
+with stand_ins.mocked():
+    from openrlhf.models import PolicyLoss, ValueLoss
+    from openrlhf.models import utils as models_utils
+    from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+    from ppo_fast.integrations import openrlhf
 
 LENGTHS = torch.tensor([7, 4, 9, 0, 1, 8])  # one row is empty
 B, T, V = len(LENGTHS), 9, 23

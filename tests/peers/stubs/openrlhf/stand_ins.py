@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -69,8 +70,18 @@ def spec_from_file_location(name, location=None, **rest):
 
 
 def pytest_configure(config):
+    sys.meta_path.append(_Mocks())
     importlib.util.spec_from_file_location = spec_from_file_location
 
 
-if not any(isinstance(finder, _Mocks) for finder in sys.meta_path):
-    sys.meta_path.append(_Mocks())
+@contextmanager
+def mocked():
+    """Imports inside find mocks of what is absent; afterwards it is absent again, for others who look whether it is there."""
+    finder = _Mocks()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] in finder.names]:
+            del sys.modules[name]
