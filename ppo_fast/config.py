@@ -333,11 +333,12 @@ def _presets() -> dict[str, LossConfig]:
         # clip_ratio_c as ratio_cap=3.0. "sapo" and "geo_mean" take reduction="seq-mean-token-mean", and "dro", "kl_cov",
         # "clip_cov", "gspo", "geo_mean" no log_ratio_clamp. Rollout correction: `rollout_weights`.
         "verl": C(dual_clip=3.0, log_ratio_clamp=20.0, value_clip=0.5, value_coef=1.0, kl_clamp=20.0, kl_value_clamp=10.0),
-        # trl/experimental/ppo/ppo_trainer.py: ½·max value clip, vf_coef 0.1; KL goes into the reward. Not expressible:
-        # its value term is a mean over one token a sequence more than its policy term.
+        # trl/experimental/ppo/ppo_trainer.py, gone in 1.16: ½·max value clip, vf_coef 0.1; KL goes into the reward. Not
+        # expressible: its value term is a mean over one token a sequence more than its policy term.
         "trl_ppo": C(value_clip=0.2, value_coef=0.1),
         # trl/trainer/grpo_trainer.py, loss_type "dapo" with beta 0: Σ over tokens divided by
-        # denominator=num_items_in_batch/num_processes. loss_type "grpo": reduction="seq-mean-token-mean"; "bnpo":
+        # denominator=num_items_in_batch/num_processes (1.16: one step's
+        # share of the generated batch). loss_type "grpo": reduction="seq-mean-token-mean"; "bnpo":
         # "token-mean"; "dr_grpo": denominator=B·max_completion_length. beta: kl="k3", kl_coef=beta, no clamp, and
         # use_bias_correction_kl: kl_weight="ratio" (of tokens; under importance_sampling_level "sequence" TRL takes the
         # sequence's ratio, which is not expressible). delta: ratio_cap. importance_sampling_level "sequence": policy="gspo".

@@ -25,4 +25,6 @@ TRAINERS = {
     "tianshou": "tianshou",
     "rl_games": "rl-games",
     "rllib": "ray",
+    "trl": "trl",
+    "openrlhf": "openrlhf",
 }

@@ -28,6 +28,9 @@ class Seam:
     parameters: str | tuple[str, ...] = ()
     #: Modules that take a function by name, `from module import function`: theirs is replaced too where they are loaded.
     importers: tuple[str, ...] = ()
+    #: The attribute beside it that has those parameters, where it has none of its own: "forward" for an autograd function's
+    #: `apply`.
+    parameters_in: str = ""
 
     def owner(self) -> Any:
         module, _, path = self.where.partition(":")
@@ -132,6 +135,8 @@ class Integration:
                     "disable() first; nothing was changed"
                 )
             known = (seam.parameters,) if isinstance(seam.parameters, str) else seam.parameters
+            if seam.parameters_in:
+                theirs = getattr(owner, seam.parameters_in, theirs)
             if known and (found := parameters_of(theirs)) not in known:
                 raise ImportError(
                     f"ppo_fast.integrations.{self.name}: {seam.where} must take ({') or ('.join(known)}), in {self.package} "

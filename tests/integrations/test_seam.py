@@ -127,6 +127,15 @@ def test_a_module_loaded_after_enable_is_restored_too(trainer, monkeypatch):
     assert late.returns(1) == "theirs"
 
 
+def test_parameters_may_be_those_of_the_attribute_beside_it(trainer):
+    made = lambda wanted: _seam.Integration(  # noqa: E731
+        "a", "a-trainer", "1.2", "2", [_seam.Seam("a_trainer:PPO.train", ours, wanted, parameters_in="helper")]
+    )
+    made("x").check()
+    with pytest.raises(ImportError, match=r"must take \(self, batch\), in .* it takes \(x\)"):
+        made("self, batch").check()
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [
