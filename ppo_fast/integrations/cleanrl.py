@@ -32,7 +32,7 @@ from .. import LossConfig, gae, ppo_loss
 
 def advantages(
     rewards: Tensor, values: Tensor, dones: Tensor, next_value: Tensor, next_done: Tensor, args: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(advantages, returns) of a rollout, [T, N]. dones[t] says whether an episode ended before step t."""
     ended = dones.roll(-1, 0)  # [T, N]
     ended[-1] = next_done

@@ -155,8 +155,6 @@ PEERS = {
             paths=("test/base/test_returns.py", "test/base/test_policy.py"),
             shadows=("tianshou",),
         ),  # rl_games 1.6.5 has one test, `assert True`; the wheel of ray has none
-        ),
-        Peer(
         # 1.16.0 has no tests in its archive; those of 1.10.0.dev0, the last commit stored here. What they download stands in
         # stubs/trl/hub.py; what that has not fails in both runs, as do tests of functions that are gone since.
         Peer(
