@@ -291,3 +291,12 @@ def test_partial_runs_do_not_overwrite_the_full_one(tmp_path, monkeypatch):
     main.run(config(tmp_path, providers=("ours",)))
     (path,) = tmp_path.glob("*/*.csv")
     assert path.name == "quick.csv"
+
+
+def test_the_readmes_table_of_trainers_is_that_of_the_committed_results():
+    from bench.trainers import table
+
+    from ppo_fast.integrations import TRAINERS
+
+    assert set(table.REPLACED) == {*TRAINERS, "cleanrl"}
+    assert table.table() in (table.RESULTS.parents[1] / "README.md").read_text()

@@ -42,7 +42,7 @@ class TrainersConfig:
     """Modules of bench/trainers; none: all."""
     runs: int = 3
     """Runs without and with us, in turn, each with a seed of its own."""
-    threads: int = 2
+    threads: int = 1
     """OMP_NUM_THREADS of each run."""
     quick: bool = False
     """A few steps, to see that it works; nothing is written."""

@@ -183,7 +183,8 @@ def update(self: Any, loss_of_minibatch: Callable[[Any, LossConfig], PPOLoss]) -
                     if self.verbose >= 1:
                         print(f"Early stopping at step {epoch} due to reaching max kl: {of_batch.approx_kl.item():.2f}")
                     break
-                policy.optimizer.zero_grad()
+                for x in parameters:  # `zero_grad()`, without what hooks and profilers take in every minibatch
+                    x.grad = None
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 policy.optimizer.step()
