@@ -295,7 +295,6 @@ def test_partial_runs_do_not_overwrite_the_full_one(tmp_path, monkeypatch):
 
 def test_the_readmes_table_of_trainers_is_that_of_the_committed_results():
     from bench.trainers import table
-
     from ppo_fast.integrations import TRAINERS
 
     assert set(table.REPLACED) == {*TRAINERS, "cleanrl"}
