@@ -51,13 +51,17 @@ def steps(name: str) -> tuple[dict[tuple[str, str], float], dict[str, str]]:
     return {key: statistics.median(x) for key, x in values.items()}, facts
 
 
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def change(found: dict[tuple[str, str], float], metrics: tuple[str, ...], unit: str, scale: float = 1.0) -> str:
     """Without → with, and the ratio, of the first of these that was measured."""
     for metric in metrics:
         before, after = (found.get((metric, x)) for x in ("without", "with"))
         if before is not None and after is not None:
             ratio = f", {before / after:.3g}×" if after else ""
-            return f"{before * scale:.3g} → {after * scale:.3g} {unit}{ratio}"
+            return f"{number(before * scale)} → {number(after * scale)} {unit}{ratio}"
     return "–"
 
 
@@ -66,7 +70,7 @@ def table() -> str:
     for name, replaced in REPLACED.items():
         found, facts = steps(name)
         ran = own.get(name, {})
-        version = (ran or facts).get("version", "")
+        version = "" if name == "cleanrl" else " " + (ran or facts).get("version", "")  # that one has no package
         passed = f"{ran['passed_without']} → {ran['passed_with']}" if ran else "–"
         numbers = (
             change(found, ("seconds of advantages",), "ms", 1e3),
@@ -74,7 +78,7 @@ def table() -> str:
             change(found, ("seconds",), "s"),
             change(found, ("peak_bytes",), "MB", 1e-6),
         )
-        lines.append(f"| `{name}` {version} | {replaced} | {passed} | {' | '.join(numbers)} |")
+        lines.append(f"| `{name}`{version.rstrip()} | {replaced} | {passed} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
