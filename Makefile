@@ -1,7 +1,7 @@
 # Two commands matter: `make train` and `make test`. `make` alone lists the rest.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test peers bench build simt lint types format wheel clean
+.PHONY: help train test test-full peers bench build simt lint types format wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,6 +17,7 @@ CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.inc' -o -name '*.cpp
 help:
 	@echo 'make train   install into .venv and train PPO on CartPole until it is solved    ARGS="--seed 2"'
 	@echo 'make test    install into .venv and run every check: style, types, tests        ARGS="-k gae"'
+	@echo 'make test-full   also what takes minutes each: learning to a goal, clusters of processes'
 	@echo 'make peers   other trainers'\'' own tests, without and with ppo_fast                 ARGS="sb3 verl"'
 	@echo 'make bench   measure every op and the trainer against their peers               ARGS="--help"'
 	@echo 'make gpu     on a machine with an NVIDIA GPU and a torch of its own, offline: build, test, sanitize, measure'
@@ -39,6 +40,9 @@ test: build simt
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE \
 		$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup $(ARGS) || failed=1; \
 	exit $$failed
+
+test-full:
+	@$(MAKE) --no-print-directory test ARGS="-m 'slow or not slow' $(ARGS)"
 
 # Installs pinned trainers into build/peers and takes their tests from source archives and repositories.
 peers: build

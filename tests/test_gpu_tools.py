@@ -659,7 +659,6 @@ def run_pytest(*args, **environment):
 
 
 @in_repository
-@pytest.mark.slow
 def test_gpu_tests_are_skipped_with_a_reason():
     done = run_pytest("-m", "gpu", "-rs", "-k", "backends or errors or large", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:]
@@ -668,7 +667,6 @@ def test_gpu_tests_are_skipped_with_a_reason():
 
 
 @in_repository
-@pytest.mark.slow
 def test_gpu_tests_pass_on_the_cpu_in_a_gpus_place():
     done = run_pytest("-k", "bits or errors or backends or (parity and reference)", PPO_FAST_TRY_GPU_TESTS="cpu")
     assert done.returncode == 0, done.stdout[-3000:]
@@ -911,7 +909,6 @@ def test_the_header_of_this_torch_would_serve():
 
 @in_repository
 @on_linux
-@pytest.mark.slow
 def test_the_tree_imports_as_an_installation_does(tmp_path):
     gpu_setup.tree(tmp_path)
     gpu_setup.tree(tmp_path)  # again, over what is there

@@ -153,7 +153,6 @@ def run_installed(installed, code, cwd):
     return run(sys.executable, "-I", "-c", head + code, cwd=cwd)
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("wheel")
 class TestArchives:
     def test_wheel_contents(self, archives):
