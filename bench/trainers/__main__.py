@@ -58,7 +58,9 @@ def one(name: str, enabled: bool, seed: int, quick: bool) -> None:
 
 
 def run(config: TrainersConfig, name: str, enabled: bool, seed: int) -> dict[str, Any]:
-    path = os.pathsep.join(map(str, [*config.path, ROOT, os.environ.get("PYTHONPATH", "")])).rstrip(os.pathsep)
+    path = os.pathsep.join(
+        map(str, [*(folder.resolve() for folder in config.path), ROOT, os.environ.get("PYTHONPATH", "")])
+    ).rstrip(os.pathsep)
     environment = {
         **os.environ,
         "PYTHONPATH": path,
