@@ -23,8 +23,8 @@ or faster throughout.
 Theirs too: a loss that makes its advantages itself, `reduction="none"`, masks in the batch, `delay_actor`, a cap of the
 importance ratio, coefficients per head, composite distributions, float16 and bfloat16, functorch, torch.compile, and
 subclasses that override a method which ours would not call. A subclass has the `forward` that its parent had when it was
-defined; enable before, or derive from this module's `ClipPPOLoss`. Where the loss or a
-ratio is not finite, theirs answers, and the network runs twice. TorchRL before 0.14: advantages only.
+defined; enable before, or derive from this module's `ClipPPOLoss`. Where the loss or ESS is not finite, theirs answers, and
+the network runs twice. TorchRL before 0.14: advantages only.
 """
 
 from __future__ import annotations
