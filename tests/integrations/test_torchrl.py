@@ -189,13 +189,15 @@ def loss_and_batch(head="categorical", shape=(64,), dtype=torch.float32, kind=Cl
 def with_gradients(loss, data, ours_on):
     """Outputs, and of each term apart the gradient of every parameter."""
     torch.manual_seed(1)  # entropies by sampling
+    batch = data.clone()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if ours_on:
             with ours.enabled():
-                out = loss(data.clone())
+                out = loss(batch)
         else:
-            out = loss(data.clone())
+            out = loss(batch)
+    assert set(batch.keys()) == set(data.keys())  # the caller's batch is left as it was
     parameters = list(loss.parameters())
     grads = {
         key: torch.autograd.grad(out[key].sum(), parameters, retain_graph=True, allow_unused=True)
