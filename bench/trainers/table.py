@@ -19,14 +19,14 @@ REPLACED = {
     "cleanrl": "advantages and loss, in a copy of the script",
     "rsl_rl": "returns, PPO's update",
     "skrl": "advantages, PPO's update",
-    "torchrl": "advantage estimators",
+    "torchrl": "advantages, ClipPPOLoss (MAPPO, IPPO)",
     "rllib": "value targets, PPO's loss",
     "rl_games": "advantages",
     "tianshou": "advantages",
     "verl": "advantages, log-probs, entropies, losses",
     "trl": "head, log-probs, GRPO's loss",
     "openrlhf": "advantages, log-probs, losses",
-    "nemo_rl": "advantages, log-probs, value loss",
+    "nemo_rl": "advantages, log-probs, losses",
     "slime": "advantages",
 }
 HEADER = ("trainer", "on our kernels", "own tests", "advantages", "update", "whole run", "peak memory")

@@ -108,7 +108,7 @@ def compute_loss_for_module(
         before = module.get_exploration_action_dist_cls().from_logits(batch[Columns.ACTION_DIST_INPUTS])
         divergence = mean(before.kl(kind.from_logits(inputs)))
         loss = loss + self.curr_kl_coeffs_per_module[module_id] * divergence
-    logged = {learner.POLICY_LOSS_KEY: stats.policy_loss, learner.ENTROPY_KEY: stats.entropy}
+    logged: dict[str, Any] = {learner.POLICY_LOSS_KEY: stats.policy_loss, learner.ENTROPY_KEY: stats.entropy}
     if config.use_critic:
         with torch.no_grad():
             logged[learner.LEARNER_RESULTS_VF_LOSS_UNCLIPPED_KEY] = mean((values - targets).square())
@@ -126,7 +126,7 @@ def compute_loss_for_module(
 class PPOTorchLearner(learner.PPOTorchLearner):
     """`ray.rllib.algorithms.ppo.torch.ppo_torch_learner.PPOTorchLearner` with our loss."""
 
-    compute_loss_for_module = compute_loss_for_module
+    compute_loss_for_module = compute_loss_for_module  # type: ignore[assignment]  # tensors where RLlib says arrays of any kind
 
 
 _integration = _seam.Integration(
