@@ -70,9 +70,19 @@ PEERS = {
             ),
             from_source=(".",),
             tests_from=("https://github.com/NVIDIA-NeMo/RL", "main"),
-            paths=("tests/unit/algorithms/test_ppo.py",),
-            # its conftest starts Ray; its tests of the value loss ask for a GPU and are skipped
-            arguments=("-c", "/dev/null", "--rootdir", ".", "--noconftest", "-k", "gae or raw_reward or mse_value"),
+            paths=("tests/unit/algorithms/test_ppo.py", "tests/unit/algorithms/test_loss_functions.py"),
+            # its conftest starts Ray; its tests of losses ask for a GPU, which stubs/nemo_rl/cuda_is_cpu.py spares them
+            arguments=(
+                "-c",
+                "/dev/null",
+                "--rootdir",
+                ".",
+                "--noconftest",
+                "-p",
+                "cuda_is_cpu",
+                "-k",
+                "gae or raw_reward or mse_value or clipped_pg or nll or calculate_kl or masked_mean",
+            ),
         ),
         Peer(
             "slime",
