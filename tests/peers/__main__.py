@@ -194,15 +194,18 @@ def main(config: PeersConfig) -> int:
     if config.source is not None and len(config.trainers) != 1:
         raise SystemExit("tests.peers: --source is for one trainer; name it")
     facts, any_wrong = machine.facts(), False
-    table = Table(
-        "trainer", "version", "passed without", "with", "failed without", "with", "skipped", "parity passed", "failed"
-    )
+    table = Table("trainer", "version", "passed", "failed", "skipped", "parity passed", "failed",
+                  caption="of its own tests: without → with ppo_fast")  # fmt: skip
     console = Console()
     for name in config.trainers or tuple(PEERS):
+        peer = PEERS[name]
         with console.status(f"{name}: its own tests, without and with ppo_fast, and ours of both"):
-            row, wrong = measure(PEERS[name], config)
+            row, wrong = measure(peer, config)
         write(config.out, row | facts)
-        table.add_row(name, *(row.get(x, "–") for x in ("version", *COLUMNS[4:9], *COLUMNS[-2:])))
+        own = [f"{row[f'{x}_without']} → {row[f'{x}_with']}" if peer.paths else "–" for x in ("passed", "failed")]
+        table.add_row(
+            name, peer.version, *own, *(row.get(x, "–") for x in ("skipped", "parity_passed", "parity_failed"))
+        )
         for what in wrong:
             console.print(f"{name}: {what}", style="red", markup=False)
         any_wrong |= bool(wrong)
