@@ -6,7 +6,7 @@
 `GeneralizedAdvantageEstimator` (`algorithms/advantage_estimator.py`) loops over tokens on a CPU: its recursion and its whitening
 are ours, a λ per response too. `ClippedPGLossFn` (`algorithms/loss/loss_functions.py`) is `pf.ppo_loss`: PPO, GSPO, CISPO and
 REINFORCE, dual clip, its KL, importance sampling of all its kinds, and VAPO's term; `MseValueLossFn` too. The metrics of each are
-read in one copy from the device (theirs: eighteen and nine). `get_next_token_logprobs_from_logits` (`distributed/model_utils.py`)
+read in one copy from the device (theirs: one for each). `get_next_token_logprobs_from_logits` (`distributed/model_utils.py`)
 is ours where nothing is sharded or filtered: no float32 copy of the logits and none of their log-softmax.
 `SequencePackingLossWrapper` (`algorithms/loss/wrapper.py`) is one call over the packed batch where theirs calls the loss once a
 sequence: all that it sums is divided by numbers of the global batch. VAPO's term is not, and keeps their loop.
