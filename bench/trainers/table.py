@@ -71,7 +71,7 @@ def table() -> str:
         found, facts = steps(name)
         ran = own.get(name, {})
         version = "" if name == "cleanrl" else " " + (ran or facts).get("version", "")  # that one has no package
-        passed = f"{ran['passed_without']} → {ran['passed_with']}" if ran else "–"
+        passed = f"{ran['passed_without']} → {ran['passed_with']}" if ran.get("passed_with") else "–"
         numbers = (
             change(found, ("seconds of advantages",), "ms", 1e3),
             change(found, ("seconds of update", "seconds of loss and backward"), "s"),

@@ -11,6 +11,7 @@ the correction of the rollout's log-probs by ratios, by token or by sequence.
 
 What differs: rounding; logits are not overwritten where a temperature is given; an action of logit -inf adds 0 to the entropy
 (theirs: NaN); a batch without any token has loss 0 and statistics 0 (theirs: 0/0), and NaN in masked places reaches nothing.
+Masks are 0 or 1.
 
 Theirs still: half precision (their actor makes float32 of all logits), gates by a divergence (tv, binary_kl), inputs that are
 broadcast, and `compute_approx_kl`, `aggregate_loss` and `masked_normalize`, a few operations on tokens each.
@@ -18,12 +19,13 @@ broadcast, and `compute_approx_kl`, `aggregate_loss` and `masked_normalize`, a f
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import LossConfig, categorical_log_prob, gae, ppo_loss, rollout_weights
+from .. import LossConfig, categorical_log_prob, gae, ppo_loss
 from . import _seam
 
 _seam.require("openrlhf", "0.11.2", "0.12")
@@ -79,25 +81,19 @@ def compute_entropy(logits: Tensor) -> Tensor:
 # --- losses -------------------------------------------------------------------------------------------------------------
 
 
-def weights_of(like: Tensor, mask: Tensor | None, by_token: bool, dp_size: int, tokens: Any, sequences: Any) -> Tensor:
-    """What `aggregate_loss` multiplies a token's loss by: a mean over tokens, or over sequences that have any of their means,
-    the count being this batch's or, where one is given, that of all ranks."""
-    if mask is None:
-        mask = torch.ones_like(like)
-    mask = mask.to(like.dtype)
-    if by_token:
-        return mask / mask.sum().clamp(min=1.0) if tokens is None else mask * (dp_size / tokens)
-    length = mask.sum(-1, keepdim=True)
-    means = mask / length.clamp(min=1.0)
-    return means / (length > 0).sum().clamp(min=1) if sequences is None else means * (dp_size / sequences)
+@functools.lru_cache(maxsize=64)
+def _config(**fields: Any) -> LossConfig:
+    return LossConfig.preset("openrlhf", **fields)
 
 
-def config_of(module: Any) -> LossConfig:
-    """The definition of a `PolicyLoss`."""
-    bounds = {"clip_low": module.clip_eps_low, "clip_high": module.clip_eps_high, "dual_clip": module.dual_clip}
-    if module.policy_loss_type == "gspo":
-        return LossConfig.preset("openrlhf", policy="gspo", log_ratio_clamp=None, **bounds)
-    return LossConfig.preset("openrlhf", **bounds)
+def _reduction(by_token: bool, dp_size: int, tokens: Any, sequences: Any) -> tuple[str, Any]:
+    """What `aggregate_loss` does, as our reduction and denominator: this batch's count, or a share of that of all ranks."""
+    total = tokens if by_token else sequences
+    return "token-mean" if by_token else "seq-mean-token-mean", None if total is None else total / dp_size
+
+
+def _countable(*totals: Any) -> bool:
+    return all(x is None or isinstance(x, Tensor) or x > 0 for x in totals)
 
 
 def policy_loss(
@@ -114,55 +110,55 @@ def policy_loss(
     if corrected:
         known = known and rollout_log_probs is not None and action_mask is not None
         known = known and (by_sequence or self.is_correction_gating == "ratio")
-    if not known or min(self.clip_eps_low, self.clip_eps_high) < 0 or log_probs.ndim != 2:
+    known = known and log_probs.ndim == 2 and _countable(batch_num_tokens, global_batch_size)
+    if not known or min(self.clip_eps_low, self.clip_eps_high) < 0:
         return _policy_loss(
             self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size, batch_num_tokens,
             global_batch_size,
         )  # fmt: skip
     valid = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
-    tokens = valid.sum().clamp(min=1)
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.where(valid, x, 0.0).sum() / tokens
-
-    old, scaled = old_log_probs, advantages
-    vllm_kl = filtered = None
-    if corrected and by_sequence:  # theirs takes the rollout's for the policy that sampled
-        assert rollout_log_probs is not None
-        old = rollout_log_probs
-    elif corrected:
-        assert rollout_log_probs is not None
-        weights, filtered = _correction(self, old_log_probs, rollout_log_probs, valid)
-        scaled = advantages * weights
-        vllm_kl = mean(rollout_log_probs - old_log_probs)
-    loss = ppo_loss(
-        log_probs, old.detach(), scaled.detach(), config_of(self), mask=action_mask,
-        weights=weights_of(
-            log_probs.detach(), action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        ),
-    ).loss  # fmt: skip
+    x, old, scaled = log_probs, old_log_probs.detach(), advantages.detach()
+    log_ratio = torch.where(valid, (x if by_sequence else x.detach()) - old, 0.0)
+    vllm_kl = filtered = lengths = None
     with torch.no_grad():
-        log_ratio = torch.where(valid, log_probs - old, 0.0)
-        if by_sequence:
-            log_ratio = log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+        tokens = valid.sum().clamp_(min=1)
+        if by_sequence or self.is_correction_level == "seq":
+            lengths = valid.sum(-1, keepdim=True).clamp_(min=1)
+        ppo_kl = log_ratio.sum().neg_() / tokens
+        if corrected and not by_sequence:
+            log_rho = torch.where(valid, old - rollout_log_probs, 0.0)  # type: ignore[operator]
+            weights, filtered = _correction(self, log_rho, valid, tokens, lengths)
+            scaled, vllm_kl = scaled * weights, log_rho.sum().neg_() / tokens
+    if by_sequence:  # PPO of the mean log-ratio, which the statistics need too; corrected: to the rollout's log-probs
+        if corrected:
+            log_ratio = torch.where(valid, x - rollout_log_probs.detach(), 0.0)  # type: ignore[union-attr]
+        log_ratio = log_ratio.sum(-1, keepdim=True) / lengths  # type: ignore[operator]
+        x, old = log_ratio.expand(x.shape), x.new_zeros(()).expand(x.shape)
+    with torch.no_grad():
         ratio = log_ratio.exp()
-        low, high = 1 - self.clip_eps_low, 1 + self.clip_eps_high
-        clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
-        return loss, mean(clipped.float()), mean(old_log_probs - log_probs), vllm_kl, filtered
+        beyond = ratio - ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high)  # the smaller of both surrogates is
+        clipped = (beyond * advantages > 0).logical_and_(valid).sum() / tokens  # the clipped one where the signs agree
+    reduction, denominator = _reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+    config = _config(
+        clip_low=self.clip_eps_low, clip_high=self.clip_eps_high, dual_clip=self.dual_clip, reduction=reduction,
+        log_ratio_clamp=None if by_sequence else 20.0,
+    )  # fmt: skip
+    mask = None if action_mask is None else valid
+    return ppo_loss(x, old, scaled, config, mask=mask, denominator=denominator).loss, clipped, ppo_kl, vllm_kl, filtered
 
 
-@torch.no_grad()
-def _correction(module: Any, old: Tensor, rollout: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor of each token's loss, share of tokens or sequences that are filtered)."""
+def _correction(module: Any, log_rho: Tensor, valid: Tensor, tokens: Tensor, lengths: Any) -> tuple[Tensor, Tensor]:
+    """(factor of each token's loss, share of tokens or sequences that are filtered), by the ratio of a token or the
+    geometric mean of a sequence's, whose tokens keep their own."""
     low, high = module.is_correction_threshold
-    if module.is_correction_level == "seq":  # by the geometric mean of a sequence's ratios, which its tokens keep
-        log_ratio, length = torch.where(valid, old - rollout, 0.0), valid.sum(-1, keepdim=True)
-        ratio = (log_ratio.sum(-1, keepdim=True) / length.clamp(min=1)).exp()
-        keep = (ratio >= low) & (ratio <= high) & (length > 0)
-        return torch.where(keep, log_ratio.exp(), 0.0), 1 - keep.float().mean()
-    mode: Any = "truncate" if module.is_correction_mode == "clip" else "mask"
-    found = rollout_weights(old, rollout, mask=valid, mode=mode, low=low, high=high)
-    return found.weights, found.stats["fraction_low"] + found.stats["fraction_high"]
+    by_token = module.is_correction_level == "token"
+    rho = log_rho.exp()
+    gate = rho if by_token else (log_rho.sum(-1, keepdim=True) / lengths).exp_()
+    keep = (gate >= low) & (gate <= high)
+    if not by_token:
+        keep &= valid.any(-1, keepdim=True)
+    filtered = (~keep & valid).sum() / tokens if by_token else 1 - keep.float().mean()
+    return (gate.clamp(low, high) if module.is_correction_mode == "clip" else torch.where(keep, rho, 0.0)), filtered
 
 
 def value_loss(
@@ -171,16 +167,14 @@ def value_loss(
 ) -> Tensor:  # fmt: skip
     """`ValueLoss.forward`."""
     known = _wide(values, old_values, returns) and _masks(action_mask, values)
+    known = known and _countable(batch_num_tokens, global_batch_size)
     if not known or (action_mask is None and not self.token_level_loss) or (self.clip_eps or 0) < 0:
         return _value_loss(self, values, old_values, returns, action_mask, dp_size, batch_num_tokens, global_batch_size)
     nothing = values.new_zeros(()).expand(values.shape)
-    config = LossConfig.preset("openrlhf", policy="reinforce", value_clip=self.clip_eps)
+    reduction, denominator = _reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     return ppo_loss(
-        nothing, nothing, nothing, config, values=values, old_values=old_values.detach(), returns=returns.detach(),
-        mask=action_mask,
-        weights=weights_of(
-            values.detach(), action_mask, self.token_level_loss, dp_size, batch_num_tokens, global_batch_size
-        ),
+        nothing, nothing, nothing, _config(policy="reinforce", value_clip=self.clip_eps, reduction=reduction),
+        values=values, old_values=old_values.detach(), returns=returns.detach(), mask=action_mask, denominator=denominator,
     ).loss  # fmt: skip
 
 

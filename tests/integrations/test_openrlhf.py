@@ -96,6 +96,7 @@ def test_policy_loss_of_extreme_ratios_and_ties(name):
     old[0], advantages[:, ::3] = x[0], 0.0  # ratio 1
     if name == "gspo":  # a ratio of infinity is theirs and ours, and NaN times a mask is only theirs
         x, old = x * 0.2, old * 0.2
+    x[4, 0], old[4, 0], advantages[4, 0] = 15.0, -15.0, -1.0  # beyond the clamp of a token; a sequence of one has none
     ours = both(lambda *a: openrlhf._policy_loss(module, *a), lambda *a: openrlhf.policy_loss(module, *a), x, old, advantages,
                 MASK, numbers(4, 12.0))  # fmt: skip
     assert ours[1].isfinite().all()

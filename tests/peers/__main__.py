@@ -1,11 +1,13 @@
-"""Runs other trainers' own tests without and with us, and writes how many passed to bench/results/peers/tests.csv.
+"""Runs other trainers' own tests without and with us, and our parity tests against the same installation, and writes how many
+passed to bench/results/peers/tests.csv.
 
     python -m tests.peers                          # every trainer
     python -m tests.peers sb3 verl                 # these
     python -m tests.peers verl --source path/to/verl        # test files from a checkout that is here
 
 Each trainer goes, pinned, into build/peers/<name>, with the files of its tests from its source archive or its repository.
-Exit code 1 where a test passes without us and does not pass with us.
+Parity tests are those of tests/integrations: what is replaced, against theirs. Exit code 1 where a test passes without us and
+does not pass with us, and where a parity test fails or none runs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import tarfile
 import time
 import xml.etree.ElementTree as xml
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from .specs import PEERS, Peer
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["trainer", "package", "version", "tests_of", "passed_without", "passed_with", "failed_without", "failed_with",
-           "skipped", "seconds_without", "seconds_with"]  # fmt: skip
+           "skipped", "seconds_without", "seconds_with", "parity_passed", "parity_failed"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PeersConfig:
     """Other trainers' own tests, without and with ppo_fast."""
 
     trainers: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names in ppo_fast.integrations; none: all that have tests."""
+    """Names in ppo_fast.integrations; none: all."""
     source: Path | None = None
     """A checkout of the trainer's repository, in place of cloning it. For one trainer at a time."""
     out: Path = ROOT / "bench/results/peers/tests.csv"
@@ -108,24 +111,20 @@ def _remove(root: Path, folders: tuple[str, ...]) -> None:
         shutil.rmtree(root / folder)
 
 
-def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: float) -> dict[str, str]:
+def run_pytest(
+    peer: Peer, path: Sequence[Path], cwd: Path, report: Path, timeout: float, *arguments: str, enabled: bool = False
+) -> dict[str, str]:
     """Outcome by test."""
-    report = source / f"report-{'with' if enabled else 'without'}.xml"
     report.unlink(missing_ok=True)
-    stubs = ROOT / "tests/peers/stubs" / peer.name
-    path = [ROOT, ROOT / "tests/peers/plugin", packages, *(source / x for x in peer.from_source), stubs]
     environment = {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **peer.environment,
         "PPO_FAST_PEER": peer.name if enabled else "",
         "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "ppo_fast_peer", "-p", "no:cacheprovider",
-        f"--junitxml={report}", *peer.paths, *peer.arguments,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
     log = report.with_suffix(".log")
     with log.open("w") as file:
-        subprocess.run(command, cwd=source, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=timeout)
+        subprocess.run(command, cwd=cwd, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=timeout)
     if not report.exists():
         raise SystemExit(f"tests.peers: {peer.name}: pytest wrote no report; see {log}")
     outcomes = {}
@@ -136,28 +135,56 @@ def run_tests(peer: Peer, packages: Path, source: Path, enabled: bool, timeout: 
     return outcomes
 
 
+def count(outcomes: dict[str, str], what: str) -> str:
+    return str(sum(x == what for x in outcomes.values()))
+
+
 def measure(peer: Peer, config: PeersConfig) -> tuple[dict[str, str], list[str]]:
+    """A line of the table, and what is wrong."""
     folder = config.folder / peer.name
     packages = installed(peer, folder)
-    source, tests_of = source_of(peer, folder, config.source)
-    seconds, outcomes = {}, {}
-    for enabled in (False, True):
-        start = time.perf_counter()
-        outcomes[enabled] = run_tests(peer, packages, source, enabled, config.timeout)
-        seconds[enabled] = time.perf_counter() - start
-    count = lambda enabled, what: str(sum(x == what for x in outcomes[enabled].values()))  # noqa: E731
-    lost = [
-        test
-        for test, outcome in outcomes[False].items()
-        if outcome == "passed" and outcomes[True].get(test) != "passed"
-    ]
-    row = {
-        "trainer": peer.name, "package": peer.package, "version": peer.version, "tests_of": tests_of,
-        "passed_without": count(False, "passed"), "passed_with": count(True, "passed"),
-        "failed_without": count(False, "failed"), "failed_with": count(True, "failed"), "skipped": count(True, "skipped"),
-        "seconds_without": f"{seconds[False]:.1f}", "seconds_with": f"{seconds[True]:.1f}",
-    }  # fmt: skip
-    return row, lost
+    row = {"trainer": peer.name, "package": peer.package, "version": peer.version}
+    source, wrong = folder, []
+    if peer.paths or peer.from_source:
+        source, row["tests_of"] = source_of(peer, folder, config.source)
+    path = [ROOT, packages, *(source / x for x in peer.from_source), ROOT / "tests/peers/stubs" / peer.name]
+    if peer.paths:
+        theirs = {}
+        for enabled, column in ((False, "without"), (True, "with")):
+            start = time.perf_counter()
+            theirs[column] = run_pytest(
+                peer, [*path, ROOT / "tests/peers/plugin"], source, source / f"report-{column}.xml", config.timeout,
+                "-p", "ppo_fast_peer", *peer.paths, *peer.arguments, enabled=enabled,
+            )  # fmt: skip
+            row[f"seconds_{column}"] = f"{time.perf_counter() - start:.1f}"
+            row[f"passed_{column}"] = count(theirs[column], "passed")
+            row[f"failed_{column}"] = count(theirs[column], "failed")
+        row["skipped"] = count(theirs["with"], "skipped")
+        lost = [t for t, x in theirs["without"].items() if x == "passed" and theirs["with"].get(t) != "passed"]
+        wrong += [f"passes without us only: {test}" for test in lost]
+    report = folder / "report-parity.xml"
+    parity = run_pytest(
+        peer, path, ROOT, report, config.timeout, f"tests/integrations/test_{peer.parity or peer.name}.py"
+    )
+    row["parity_passed"], row["parity_failed"] = count(parity, "passed"), count(parity, "failed")
+    wrong += [f"differs from theirs: {test}" for test, outcome in parity.items() if outcome == "failed"]
+    if row["parity_passed"] == "0":
+        wrong.append(f"no parity test ran; see {report.with_suffix('.log')}")
+    return row, wrong
+
+
+def write(out: Path, row: dict[str, str]) -> None:
+    """Puts the trainer's row in place of the one that is there; rows of others stay, also of those that ran meanwhile."""
+    rows: dict[str, dict[str, str]] = {}
+    if out.exists():
+        with out.open() as file:
+            rows = {line["trainer"]: line for line in csv.DictReader(file)}
+    rows[row["trainer"]] = row
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *machine.facts()], extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
 
 
 def main(config: PeersConfig) -> int:
@@ -166,28 +193,24 @@ def main(config: PeersConfig) -> int:
         raise SystemExit(f"tests.peers: trainers must be of {', '.join(PEERS)}, got {', '.join(unknown)}")
     if config.source is not None and len(config.trainers) != 1:
         raise SystemExit("tests.peers: --source is for one trainer; name it")
-    rows = {}
-    if config.out.exists():
-        with config.out.open() as file:
-            rows = {row["trainer"]: row for row in csv.DictReader(file)}
-    facts, any_lost = machine.facts(), False
-    table = Table("trainer", "version", "passed without", "with", "failed without", "with", "skipped")
+    facts, any_wrong = machine.facts(), False
+    table = Table("trainer", "version", "passed", "failed", "skipped", "parity passed", "failed",
+                  caption="of its own tests: without → with ppo_fast")  # fmt: skip
     console = Console()
     for name in config.trainers or tuple(PEERS):
-        with console.status(f"{name}: its own tests, without and with ppo_fast"):
-            row, lost = measure(PEERS[name], config)
-        rows[name] = row | facts
-        table.add_row(name, *(row[x] for x in ("version", *COLUMNS[4:9])))
-        for test in lost:
-            console.print(f"{name}: passes without us only: {test}", style="red", markup=False)
-        any_lost |= bool(lost)
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        with config.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *facts], extrasaction="ignore", restval="")
-            writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows))
+        peer = PEERS[name]
+        with console.status(f"{name}: its own tests, without and with ppo_fast, and ours of both"):
+            row, wrong = measure(peer, config)
+        write(config.out, row | facts)
+        own = [f"{row[f'{x}_without']} → {row[f'{x}_with']}" if peer.paths else "–" for x in ("passed", "failed")]
+        table.add_row(
+            name, peer.version, *own, *(row.get(x, "–") for x in ("skipped", "parity_passed", "parity_failed"))
+        )
+        for what in wrong:
+            console.print(f"{name}: {what}", style="red", markup=False)
+        any_wrong |= bool(wrong)
     console.print(table)
-    return int(any_lost)
+    return int(any_wrong)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ class Peer:
     #: Where the test files come from: "sdist" of that version, "wheel" where that has them, or a repository and the tag to
     #: clone.
     tests_from: str | tuple[str, str] = "sdist"
-    #: Files or folders for pytest, in the root of the sdist or the repository.
+    #: Files or folders for pytest, in the root of the sdist or the repository; none: it has no tests of its own.
     paths: tuple[str, ...] = ("tests",)
+    #: tests/integrations/test_<this>.py, where that is another name than its own.
+    parity: str = ""
     #: More arguments for pytest: -k, --deselect with the reason in a comment.
     arguments: tuple[str, ...] = ()
     #: Where no wheel can be installed: folders of the repository that are put on the path in place of it.
@@ -52,6 +54,7 @@ PEERS = {
             "sb3-contrib",
             "2.9.2",
             paths=("tests/test_invalid_actions.py", "tests/test_lstm.py", "tests/test_distributions.py"),
+            parity="sb3",
         ),
         Peer(
             "nemo_rl",
@@ -70,9 +73,19 @@ PEERS = {
             ),
             from_source=(".",),
             tests_from=("https://github.com/NVIDIA-NeMo/RL", "main"),
-            paths=("tests/unit/algorithms/test_ppo.py",),
-            # its conftest starts Ray; its tests of the value loss ask for a GPU and are skipped
-            arguments=("-c", "/dev/null", "--rootdir", ".", "--noconftest", "-k", "gae or raw_reward or mse_value"),
+            paths=("tests/unit/algorithms/test_ppo.py", "tests/unit/algorithms/test_loss_functions.py"),
+            # its conftest starts Ray; its tests of losses ask for a GPU, which stubs/nemo_rl/cuda_is_cpu.py spares them
+            arguments=(
+                "-c",
+                "/dev/null",
+                "--rootdir",
+                ".",
+                "--noconftest",
+                "-p",
+                "cuda_is_cpu",
+                "-k",
+                "gae or raw_reward or mse_value or clipped_pg or nll or calculate_kl or masked_mean",
+            ),
         ),
         Peer(
             "slime",
@@ -154,7 +167,24 @@ PEERS = {
             tests_from=("https://github.com/thu-ml/tianshou", "v2.0.1"),
             paths=("test/base/test_returns.py", "test/base/test_policy.py"),
             shadows=("tianshou",),
-        ),  # rl_games 1.6.5 has one test, `assert True`; the wheel of ray has none
+        ),
+        # rl_games has one test, `assert True`; the wheel of ray has none
+        Peer("rl_games", "rl-games", "1.6.5", paths=(), beside=("tensorboardx==2.6.5",)),
+        Peer(
+            "rllib",
+            "ray",
+            "2.60.0",
+            paths=(),
+            beside=(
+                *RAY[1:],
+                "tensorboardx==2.6.5",
+                "dm-tree==0.1.10",
+                "absl-py==2.5.1",
+                "wrapt==2.5.2",
+                "pyarrow==26.0.1",
+                "scipy==1.17.1",
+            ),
+        ),
         # 1.16.0 has no tests in its archive; those of 1.10.0.dev0, the last commit stored here. What they download stands in
         # stubs/trl/hub.py; what that has not fails in both runs, as do tests of functions that are gone since.
         Peer(
