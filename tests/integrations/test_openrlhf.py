@@ -64,6 +64,7 @@ POLICIES = {
     "gspo, dual clip": {"policy_loss_type": "gspo", "dual_clip": 1.05, "clip_eps_low": 0.05, "clip_eps_high": 0.02},
     "gspo of the rollout": {"policy_loss_type": "gspo", "is_correction_level": "token"},
     "tis": {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)},
+    "icepop without 1": {"is_correction_level": "token", "is_correction_threshold": (1.01, 9.0)},
     "icepop": {"is_correction_level": "token", "is_correction_threshold": (0.6, 1.5), "dual_clip": 1.5},
     "by ratio of sequences": {"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)},
     "no lower bound": {"is_correction_level": "seq", "is_correction_threshold": (0.0, 1.1)},
