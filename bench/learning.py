@@ -120,7 +120,7 @@ def draw(
     if at_least is not None:
         axes.axhline(at_least, color="grey", linestyle="--", linewidth=1, label=f"target {at_least:g}")
     axes.set(title=f"{env_id}: return, mean of {WINDOW} episodes", xlabel="environment steps", ylabel="return")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best" if vary else "lower right", fontsize=8)
     axes.grid(alpha=0.3)
     figure.supxlabel(
         f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}", fontsize=7
