@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import io
 import itertools
 import re
 import time
 
-import numpy as np
 import pytest
 import torch
 from ppo_fast.bench import harness, linear_ppo_loss, machine, main, report, vocabulary_peers
@@ -301,30 +299,3 @@ def test_the_readmes_table_of_trainers_is_that_of_the_committed_results():
 
     assert set(table.REPLACED) == {*TRAINERS, "cleanrl"}
     assert table.table() in (table.RESULTS.parents[1] / "README.md").read_text()
-
-
-def test_learning_curves_of_a_varied_flag_say_its_value(tmp_path, monkeypatch):
-    from ppo_fast.bench import learning
-
-    def train(env_id, seed, vary, value):
-        assert (env_id, vary) == ("ppo_fast/Short-v0", "recurrent")
-        returns = np.full(300, 500.0 if value == "lstm" else 40.0 + seed)
-        return learning.Curve(value, seed, np.arange(1, 301) * 10, returns)
-
-    monkeypatch.setattr(learning, "train", train)
-    config = functools.partial(
-        learning.LearningConfig,
-        env_id="ppo_fast/Short-v0",
-        seeds=(1, 2),
-        at_least=475.0,
-        vary="recurrent",
-        out=tmp_path,
-    )
-    assert learning.run(config(values=("lstm", "none"))) == 0
-    rows = list(csv.DictReader((tmp_path / "Short-v0.csv").open()))
-    last = {(row["recurrent"], row["seed"]): row["mean_return_100"] for row in rows}
-    assert last == {("lstm", "1"): "500.00", ("lstm", "2"): "500.00", ("none", "1"): "41.00", ("none", "2"): "42.00"}
-    assert (tmp_path / "Short-v0.png").stat().st_size > 10_000
-    assert learning.run(config(values=("none", "lstm"))) == 1  # the goal is the first value's
-    with pytest.raises(SystemExit, match="--values: expected values of --vary"):
-        config(values=())

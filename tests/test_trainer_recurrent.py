@@ -16,6 +16,7 @@ from trainer_worlds import Guess, Push, Walk
 import ppo_fast as pf
 from ppo_fast import cli
 from ppo_fast.trainer.control import ControlConfig, Trainer, UserError, preset, train
+from ppo_fast.trainer.networks import ActorCritic
 from ppo_fast.trainer.policies import Batch, make_policy
 from ppo_fast.trainer.recurrent import (
     Padded,
@@ -50,7 +51,7 @@ def alone(net, obs, state):
     """Values, parameters and last state of one sequence, by torch's layer; `state` None is the empty memory."""
     with torch.no_grad():
         seen, state = net.memory(torch.as_tensor(np.array(obs), dtype=torch.float32)[:, None], state)
-        params, values = net(seen[:, 0])
+        params, values = ActorCritic.forward(net, seen[:, 0])
     return values.numpy(), params, state
 
 
@@ -134,7 +135,7 @@ def test_sequences_by_hand():
     assert found.length.tolist() == [3, 1, 3, 4, 2]
     assert found.strip.tolist() == [0, 0, 2, 1, 3]
     states = torch.arange(5.0)[:, None]
-    piece = pad(found, np.array([1, 3]), 2, states)
+    piece = pad(found, np.array([1, 3]), states)
     assert piece.grid.tolist() == [[6, 1], [6, 3], [6, 5], [6, 7]]
     assert piece.rows.tolist() == [6, 1, 3, 5, 7]
     assert piece.state.tolist() == [[1.0], [3.0]]
@@ -177,7 +178,8 @@ def test_a_padded_minibatch_gives_the_parameters_of_the_same_sequences_one_by_on
     for first, length, state in zip(batch.sequences.first, batch.sequences.length, batch.states, strict=True):
         index = torch.arange(length) * 2 + first
         h, *c = state.view(-1, 1, 1, 6)
-        outputs.append(net(net.memory(batch.obs[index][:, None], (h, *c) if kind == "lstm" else h)[0][:, 0]))
+        seen, _ = net.memory(batch.obs[index][:, None], (h, *c) if kind == "lstm" else h)
+        outputs.append(ActorCritic.forward(net, seen[:, 0]))
         rows.append(index)
     params, values = (torch.cat(x) for x in zip(*outputs, strict=True))
     index = torch.cat(rows)
@@ -196,7 +198,7 @@ def test_what_fills_a_minibatch_up_is_of_no_consequence(kind):
     ends = []
     for other in (False, True):
         learner, batch = doubles(kind, False)
-        piece = pad(batch.sequences, np.arange(len(batch.sequences.first)), 2, batch.states)
+        piece = pad(batch.sequences, np.arange(len(batch.sequences.first)), batch.states)
         grid = piece.grid.clone().view(-1)
         exists = torch.zeros(len(grid), dtype=torch.bool)
         exists[piece.there] = True
@@ -223,8 +225,8 @@ def test_nothing_before_the_start_of_an_episode_reaches_what_follows(kind):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_memory_is_empty_where_an_episode_begins_and_nowhere_else(mode):
-    t = trainer(Walk, autoreset=mode)
-    for _ in range(3):
+    t, started = trainer(Walk, autoreset=mode), 0
+    for _ in range(8):
         t.collector.collect()
         begins, memory = t.collector.begins, t.collector.before(slice(None))
         done = t.collector.terminated | t.collector.truncated
@@ -232,6 +234,12 @@ def test_the_memory_is_empty_where_an_episode_begins_and_nowhere_else(mode):
         np.testing.assert_array_equal(begins[1:], expected)
         assert expected.sum() > 5
         np.testing.assert_array_equal(memory[1:].eq(0).all(-1).numpy(), begins[1:])
+        with torch.no_grad():
+            last = t.collector.values()[-1].numpy()
+        for n in np.flatnonzero(begins[-1]):
+            np.testing.assert_allclose(alone(t.net, t.collector.obs[-1:, n].numpy(), None)[0], last[n], rtol=1e-5)
+            started += 1
+    assert started > 0
 
 
 class Recall(gym.Env):

@@ -65,14 +65,16 @@ class RecurrentActorCritic(ActorCritic):
         """V of the observations that brought the memory to these states, [..., state_size] -> [...]."""
         return self.critic(state[..., : self.size]).squeeze(-1)
 
-    def over(self, obs: Tensor, there: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, obs: Tensor, there: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Sequences side by side, obs [L, S, obs], from state [S, state_size]: parameters and values of the steps `there`.
 
         What follows the end of a sequence reaches nothing before it, and what it gives is left out: no gradient either.
         """
         start = tuple(x.contiguous()[None] for x in state.split(self.size, -1))
         seen, _ = self.memory(obs, start if self.is_lstm else start[0])
-        return self(seen.view(-1, self.size)[there])
+        return super().forward(seen.view(-1, self.size)[there])
 
 
 class RecurrentCollector(Collector):
@@ -142,6 +144,7 @@ class Sequences(NamedTuple):
     first: np.ndarray  # [S], first row
     length: np.ndarray  # [S]
     strip: np.ndarray  # [S], 0 ... strips - 1
+    num_envs: int
 
 
 def find_sequences(begins: np.ndarray, valid: np.ndarray, longest: int) -> Sequences:
@@ -156,7 +159,7 @@ def find_sequences(begins: np.ndarray, valid: np.ndarray, longest: int) -> Seque
     starts = np.flatnonzero(cut.T[valid.T])
     first = rows[starts]
     length = np.diff(starts, append=len(rows))
-    return Sequences(first, length, first // n // longest * n + first % n)
+    return Sequences(first, length, first // n // longest * n + first % n, n)
 
 
 class Padded(NamedTuple):
@@ -171,12 +174,12 @@ class Padded(NamedTuple):
         return self.grid.view(-1)[self.there]
 
 
-def pad(sequences: Sequences, chosen: np.ndarray, num_envs: int, states: Tensor) -> Padded:
+def pad(sequences: Sequences, chosen: np.ndarray, states: Tensor) -> Padded:
     """The `chosen` sequences of a rollout; `states` [sequences, state_size] is the memory where each starts."""
     first, length = sequences.first[chosen], sequences.length[chosen]
     step = np.arange(length.max())[:, None]
     there = step < length
-    grid = np.where(there, first + step * num_envs, first)
+    grid = np.where(there, first + step * sequences.num_envs, first)
     parts = (grid, np.flatnonzero(there), chosen)
     rows, exist, which = (upload(torch.from_numpy(x), states.device) for x in parts)
     return Padded(rows, exist, states[which])
@@ -214,7 +217,7 @@ class RecurrentLearner(Learner):
         for strip in order.tensor_split(min(self.config.num_minibatches, strips)):
             chosen = np.flatnonzero(np.isin(batch.sequences.strip, strip.numpy()))
             if len(chosen):  # strips of one step may hold nothing but fillers
-                yield pad(batch.sequences, chosen, self.config.num_envs, batch.states)
+                yield pad(batch.sequences, chosen, batch.states)
 
     def forward(self, batch: Batch, index: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.net.over(batch.obs[index.grid], index.there, index.state), index.rows
+        return *self.net(batch.obs[index.grid], index.there, index.state), index.rows
