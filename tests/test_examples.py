@@ -17,17 +17,32 @@ SAYS = {
     "cuda_graph": "update 4: approx_kl",
     "data_parallel": "rank 1: the gradient of the whole batch",
     "drop_in_loss": "loss, approx_kl and all gradients agree",
+    "first_ppo": "stopped after 20 episodes",
     "language_loss": "gradients of hidden states and head agree",
     "micro_batches": "pieces of 8: the same gradient",
     "train_your_own": "of at most 48",
 }
+#: Flags that make a run short.
+SHORT = {"first_ppo": ["--episodes", "20"]}
+
+
+def run(name, folder, flags=()):
+    command = [sys.executable, ROOT / f"examples/{name}.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", SAYS)
 def test_example(name, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / f"examples/{name}.py"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert SAYS[name] in done.stdout
+    assert SAYS[name] in run(name, tmp_path, SHORT.get(name, ()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_the_first_example_converges(seed, tmp_path):
+    assert "converged after" in run("first_ppo", tmp_path, ["--seed", seed])
+    assert (tmp_path / "first_ppo.png").stat().st_size > 10_000
 
 
 def test_every_example_is_run_and_named_in_the_docs():

@@ -15,7 +15,7 @@ from trainer_worlds import Push, Walk
 
 import ppo_fast as pf
 from ppo_fast import cli
-from ppo_fast.trainer import checkpoint, control, learner, report, rollout
+from ppo_fast.trainer import checkpoint, control, learner, recurrent, report, rollout
 from ppo_fast.trainer.control import ControlConfig, Trainer
 from ppo_fast.trainer.device import Twin, find_device
 from ppo_fast.trainer.errors import UserError
@@ -56,7 +56,7 @@ def one_thread():
 def gpu(monkeypatch):
     monkeypatch.setattr(control, "find_device", lambda config, graph: torch.device("cpu"))
     monkeypatch.setattr(Twin, "_on", lambda twin, device: torch.full_like(twin.host, 1))
-    for module in (learner, rollout):
+    for module in (learner, recurrent, rollout):
         monkeypatch.setattr(module, "upload", lambda x, device: x.clone())
     monkeypatch.setattr(learner, "CudaGraphs", Again)
 
@@ -85,6 +85,7 @@ VARIANTS = [
     (Push, {"normalize_observations": True, "normalize_rewards": True, "clip_value_loss": False}),
     (masked_guess, {}),
     (masked_guess, {"autoreset": "next_step"}),  # without graphs
+    (Walk, {"recurrent": "lstm", "num_minibatches": 3}),
 ]
 
 
@@ -92,7 +93,7 @@ VARIANTS = [
 def test_a_gpu_s_buffers_and_graphs_change_no_bit(make_env, changes, monkeypatch, request):
     plain, expected = run(make_env, **changes)
     request.getfixturevalue("gpu")
-    for graph in (False, True) if "autoreset" not in changes else (False,):
+    for graph in (False,) if {"autoreset", "recurrent"} & changes.keys() else (False, True):
         other, rows = run(make_env, device="cuda", cuda_graph=graph, **changes)
         assert other.collector.obs.data_ptr() != other.collector.seen.host.data_ptr()
         assert rows == expected

@@ -54,6 +54,9 @@ VARIANTS = [
     (Push, {"autoreset": "next_step", "normalize_observations": True, "normalize_rewards": True}),
     (masked_guess, {"autoreset": "next_step"}),
     (masked_guess, {"vectorization": "async"}),
+    (Walk, {"recurrent": "lstm", "num_minibatches": 3}),
+    (Walk, {"recurrent": "gru", "autoreset": "next_step", "sequence_length": 7}),
+    (Push, {"recurrent": "lstm", "vectorization": "async", "num_minibatches": 2, "normalize_observations": True}),
 ]
 
 

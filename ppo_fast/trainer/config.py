@@ -27,6 +27,8 @@ _BOUNDS: Bounds = {
     "max_grad_norm": (0, math.inf, False),
     "target_kl": (0, math.inf, False),
     "adam_eps": (0, math.inf, False),
+    "recurrent_size": (1, 2**16, True),
+    "sequence_length": (1, 2**24, True),
     "initial_log_std": (-20, 20, True),
     "threads": (1, 4096, True),
     "checkpoint_seconds": (0, math.inf, True),
@@ -38,7 +40,8 @@ class ControlConfig(RunFields):
     """PPO on gymnasium vector environments.
 
     The defaults are CleanRL's for discrete actions; `--env-id` picks a preset where there is one (CartPole-v1,
-    Acrobot-v1, Pendulum-v1, HalfCheetah-v5, Hopper-v5), then `--config FILE`, then the flags that you give, later wins.
+    Acrobot-v1, Pendulum-v1, HalfCheetah-v5, Hopper-v5, ppo_fast/CartPoleNoVelocity-v1), then `--config FILE`, then the
+    flags that you give, later wins.
     """
 
     FORMAT: ClassVar[str] = "ppo_fast.control/1"
@@ -125,6 +128,15 @@ class ControlConfig(RunFields):
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the tanh layers of policy and value network."""
 
+    recurrent: Literal["none", "lstm", "gru"] = "none"
+    """Put a memory in front of both networks, for observations that do not tell everything: an LSTM or a GRU."""
+
+    recurrent_size: int = 64
+    """Width of the memory."""
+
+    sequence_length: int | None = None
+    """How many steps a gradient goes back through the memory; by default to where the episode or the rollout began."""
+
     initial_log_std: float = 0.0
     """Box actions: logarithm of the exploration noise at the start; learned, the same in every state."""
 
@@ -157,6 +169,11 @@ class ControlConfig(RunFields):
         return self.num_envs * self.num_steps
 
     @property
+    def num_strips(self) -> int:
+        """Pieces of a rollout that a minibatch of sequences is made of: `sequence_length` steps of one environment."""
+        return self.num_envs * -(-self.num_steps // (self.sequence_length or self.num_steps))
+
+    @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
 
@@ -178,6 +195,19 @@ def validate(config: ControlConfig) -> None:
         raise UserError(
             "--cuda-graph: expected --autoreset same_step, got next_step, whose minibatches vary in length: they leave out "
             "the steps that it spends on resets"
+        )
+    if config.recurrent == "none" and config.sequence_length is not None:
+        raise UserError(
+            f"--sequence-length: expected --recurrent lstm or gru, got none, and {config.sequence_length} steps"
+        )
+    if config.recurrent != "none" and config.cuda_graph:
+        raise UserError(
+            f"--cuda-graph: expected --recurrent none, got {config.recurrent}, whose sequences vary in length"
+        )
+    if config.recurrent != "none" and config.num_minibatches > config.num_strips:
+        raise UserError(
+            f"--num-minibatches: expected at most num-envs x num-steps / sequence-length = {config.num_strips} with "
+            f"--recurrent {config.recurrent}, got {config.num_minibatches}; a shorter --sequence-length allows more"
         )
     if config.num_minibatches > config.batch_size:
         raise UserError(

@@ -9,6 +9,7 @@ resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 import warnings
@@ -31,6 +32,7 @@ from .networks import ActorCritic
 from .normalize import ObservationNormalizer, RewardNormalizer
 from .policies import make_policy
 from .presets import PRESETS, preset
+from .recurrent import RecurrentActorCritic, RecurrentCollector, RecurrentLearner
 from .report import PROGRESS_COLUMNS, LiveProgress, Snapshot, Timing, summary
 from .rollout import Collector, Episode
 from .rundir import RunDir, claim
@@ -71,12 +73,17 @@ class Trainer:
     def _build(self) -> None:
         config, envs = self.config, self.envs
         codec, policy = ObservationCodec(envs.single_observation_space), make_policy(envs.single_action_space)
+        kinds: tuple[Any, Any, Any] = ActorCritic, Collector, Learner
+        if config.recurrent != "none":
+            net = functools.partial(RecurrentActorCritic, kind=config.recurrent, size=config.recurrent_size)
+            kinds = net, RecurrentCollector, RecurrentLearner
+        make_net, make_collector, make_learner = kinds
         sizes = codec.dim, policy.num_params, policy.num_log_std, config.hidden_sizes
-        self.net = ActorCritic(*sizes, config.initial_log_std, self.generator).to(self.device)
+        self.net = make_net(*sizes, config.initial_log_std, self.generator).to(self.device)
         self.obs_normalizer = ObservationNormalizer(codec.dim) if config.normalize_observations else None
         self.reward_normalizer = RewardNormalizer(config.num_envs, config.gamma) if config.normalize_rewards else None
-        self.collector = Collector(config, envs, codec, policy, self.net, self.obs_normalizer, self.generator)
-        self.learner = Learner(config, policy, self.net, self.generator)
+        self.collector = make_collector(config, envs, codec, policy, self.net, self.obs_normalizer, self.generator)
+        self.learner = make_learner(config, policy, self.net, self.generator)
         self.now = Snapshot()
         try:
             obs, info = envs.reset()

@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from . import worlds  # noqa: F401  # registers them
 from .config import ControlConfig
 from .errors import UserError, one_line
 

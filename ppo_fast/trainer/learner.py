@@ -7,6 +7,7 @@ iteration to the next, learning rate and clip, is read by the kernels from memor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Learner:
         raw = rollout.rewards
         done = rollout.terminated | rollout.truncated
         rewards = raw if normalizer is None else normalizer(raw, done, rollout.valid)
-        values = net.critic(rollout.obs.view((t + 1) * n, -1)).view(t + 1, n)
+        values = rollout.values()
         final_values = rollout.final_values(values)
         filler = self.config.autoreset == "next_step"
         advantages, returns = pf.gae(
@@ -100,9 +101,18 @@ class Learner:
             group["lr"] = self.learning_rate  # not the copy that was loaded
         self.minibatches.reset()
 
-    def step(self, batch: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
+    def pieces(self, batch: Batch, rows: Tensor) -> Iterable[Any]:
+        """The minibatches of an epoch over the `rows` of a batch, in random order."""
+        order = upload(rows[torch.randperm(len(rows), generator=self.generator)], self.device)
+        return order.tensor_split(min(self.config.num_minibatches, len(rows)))
+
+    def forward(self, batch: Batch, index: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one minibatch: parameters of the actions, values, and its rows of the batch."""
+        return *self.net(batch.obs[index]), index
+
+    def step(self, batch: Batch, index: Any) -> tuple[Tensor, Tensor]:
         """One gradient step: statistics of the loss, and the norm of the gradient."""
-        params, values = self.net(batch.obs[index])
+        params, values, index = self.forward(batch, index)
         out = self.policy.loss(params, self.net.log_std, values, batch, index, self.loss_config)
         self.optimizer.zero_grad()
         out.loss.backward()
@@ -119,8 +129,7 @@ class Learner:
         self.minibatches.begin(batch)
         stats, norms = [], []
         for _ in range(config.update_epochs):
-            order = upload(rows[torch.randperm(len(rows), generator=self.generator)], self.device)
-            for index in order.tensor_split(min(config.num_minibatches, len(rows))):
+            for index in self.pieces(batch, rows):
                 statistics, norm = self.minibatches(index)
                 stats.append(statistics)
                 norms.append(norm)

@@ -21,6 +21,14 @@ _MUJOCO: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {},
+    "ppo_fast/CartPoleNoVelocity-v1": {
+        "recurrent": "lstm",
+        "total_timesteps": 200_000,
+        "num_envs": 16,
+        "learning_rate": 1e-3,
+        "normalize_observations": True,
+        "normalize_rewards": True,
+    },
     "Acrobot-v1": {},
     "Pendulum-v1": {
         "total_timesteps": 200_000,

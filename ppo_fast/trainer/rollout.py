@@ -15,6 +15,7 @@ mode, where `obs[t + 1]` already belongs to the next episode.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +110,7 @@ class Collector:
         self._check()
 
     def _loop(self) -> None:
-        actor, policy, log_std, step = without_modules(self.net.actor), self.policy, self.net.log_std, self.envs.step
+        actor, policy, log_std, step = self._actor(), self.policy, self.net.log_std, self.envs.step
         obs, params, noise, actions, host_actions, masks, raw_rows, action_rows = self._rows
         same_step, apart = self.config.autoreset == "same_step", self.seen.apart
         for t in range(len(self.rewards)):
@@ -118,7 +119,7 @@ class Collector:
             if self.normalizer is not None:
                 self.normalizer.moments.update(raw_rows[t][self.valid[t]])
             self._show(t)
-            logits = params[t].copy_(actor(obs[t]))
+            logits = params[t].copy_(actor(t, obs[t]))
             policy.sample(logits, log_std, noise[t], masks[t], actions[t])
             if apart:
                 host_actions[t].copy_(actions[t])  # waits
@@ -173,6 +174,19 @@ class Collector:
                 t, n = np.argwhere(~possible)[0]
                 raise UserError(f"{name} allowed no action at all (step {t} of the rollout, environment {n})")
 
+    def _actor(self) -> Callable[[int, Tensor], Tensor]:
+        """From a step t of the rollout and what it sees, [N, obs], to parameters of the actions."""
+        actor = without_modules(self.net.actor)
+        return lambda t, obs: actor(obs)
+
+    def values(self) -> Tensor:
+        """V of all observations, [T + 1, N]."""
+        return self.net.critic(self.obs).squeeze(-1)
+
+    def _final(self, obs: Tensor, index: Tensor) -> Tensor:
+        """V of the observations that ended the steps `index` = t·N + n."""
+        return self.net.critic(obs).view(-1)
+
     def final_values(self, values: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
         """V of the true final observations, as `pf.gae` takes them; `values` [T + 1, N] are those of `obs`."""
         if self.config.autoreset == "next_step":
@@ -183,7 +197,7 @@ class Collector:
         if self.normalizer is not None:
             rows = self.normalizer(rows).astype(np.float32)
         index, seen = (upload(x, self.device) for x in (torch.tensor(self.final_index), torch.from_numpy(rows)))
-        return index, self.net.critic(seen).view(-1)
+        return index, self._final(seen, index)
 
     def episodes(self, first_step: int) -> list[Episode]:
         """Episodes that ended in this rollout, in order; `first_step` is the run's step count before it."""
