@@ -22,10 +22,11 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from .compress import rollout_actor
 from .config import ControlConfig
 from .device import Twin, upload
 from .errors import UserError, one_line
-from .networks import ActorCritic, without_modules
+from .networks import ActorCritic
 from .normalize import ObservationNormalizer
 from .policies import Policy
 from .spaces import MASK, MaskReader, ObservationCodec
@@ -109,7 +110,8 @@ class Collector:
         self._check()
 
     def _loop(self) -> None:
-        actor, policy, log_std, step = without_modules(self.net.actor), self.policy, self.net.log_std, self.envs.step
+        actor, policy = rollout_actor(self.net.actor, self.config), self.policy
+        log_std, step = self.net.log_std, self.envs.step
         obs, params, noise, actions, host_actions, masks, raw_rows, action_rows = self._rows
         same_step, apart = self.config.autoreset == "same_step", self.seen.apart
         for t in range(len(self.rewards)):
