@@ -78,7 +78,7 @@ CASES: dict[str, Callable[[Any], Measured]] = {
     "control: CartPole-v1, 64 x 64, 8 environments": lambda kind: control(kind, (64, 64), 8, 128),
     "control: CartPole-v1, 2048 x 2048, 64 environments": lambda kind: control(kind, (2048, 2048), 64, 32),
     "language: Llama of 99,000 parameters, width 64, 256 responses": lambda kind: language(kind, {}, 256),
-    "language: Llama of 25 million parameters, width 768, 64 responses": lambda kind: language(
+    "language: Llama of 28.5 million parameters, width 768, 64 responses": lambda kind: language(
         kind, {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
                "num_key_value_heads": 12}, 64,
     ),
