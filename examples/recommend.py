@@ -39,8 +39,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 class Shop(gym.vector.VectorEnv):
     """P(click) = σ(4·interest·topic + lure - 3·tired·topic + trust - 3).
 
-    Users tire of topics they have seen, and every lure costs trust, so what is clicked now can cost clicks later. Observed
-    are traces of what was shown and of what was clicked: all but the interest.
+    Users tire of what they see, and a lure costs trust: a click now can cost clicks later. All but the interest is observed.
     """
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -104,8 +103,8 @@ def session(shop: Shop, choose) -> dict[str, torch.Tensor]:
             masks[:, k] = masks[:, k - 1].scatter(1, slate[:, k - 1 : k], False)
         obs, _, _, _, info = shop.step(slate.numpy())
         steps.append((seen, slate, masks, torch.from_numpy(info["clicks"])))
-    streams = map(torch.stack, zip(*steps, strict=True))
-    return dict(zip(("obs", "actions", "action_mask", "clicks"), streams, strict=True))
+    names = ("obs", "actions", "action_mask", "clicks")
+    return dict(zip(names, map(torch.stack, zip(*steps, strict=True)), strict=True))
 
 
 def ppo(config: Config, shop: Shop):
@@ -193,8 +192,8 @@ def draw(config: Config, curves: dict[str, np.ndarray]) -> None:
     axes = figure.add_subplot(xlabel=f"iterations of {config.users} sessions, means of {last}", ylabel="click-through")
     for (name, clicks), color in zip(curves.items(), ("tab:orange", "tab:blue", "tab:grey"), strict=True):
         means = np.array([np.convolve(x, np.ones(last) / last, "valid") for x in clicks]).T
-        lines = axes.plot(np.arange(last, config.iterations + 1), means, color=color)
-        lines[0].set_label(f"{name}: {means[-1].mean():.3f} at the end")
+        label = [f"{name}: {means[-1].mean():.3f} at the end", *["_"] * (len(clicks) - 1)]
+        axes.plot(np.arange(last, config.iterations + 1), means, color=color, label=label)
         print(f"{name:<14}  click-through of the last {last} iterations {means[-1].mean():.3f}")
     axes.set(title=f"Slates out of {config.items:,} items: share of what was shown that was clicked", ylim=(0, None))
     axes.legend(loc="upper left")
