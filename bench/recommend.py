@@ -49,7 +49,8 @@ def run(config: RecommendConfig) -> int:
         for name, clicks in curves.items():
             for seed, of_seed in zip(config.seeds, clicks, strict=True):
                 writer.writerows([name, seed, i, f"{x:.5f}", *facts.values()] for i, x in enumerate(of_seed, 1))
-    ends = {name: clicks[:, -(-wanted.iterations // 10) :].mean(1) for name, clicks in curves.items()}
+    last = -(-wanted.iterations // 10)
+    ends = {name: clicks[:, -last:].mean(1) for name, clicks in curves.items()}
     print({name: [round(float(x), 4) for x in end] for name, end in ends.items()})
     return int((ends["ppo"] <= np.maximum(ends["epsilon_greedy"], ends["popularity"])).any())
 
