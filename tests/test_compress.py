@@ -418,3 +418,52 @@ def test_greedy_answers_are_the_learners(language, tmp_path, monkeypatch):
     )
     trainer.iterate()
     assert [(greedy, bool(any_weight)) for greedy, any_weight in heads] == [(False, False), (True, True)]
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_each_policy_of_each_case(tmp_path, monkeypatch):
+    from bench import rollout_compression as bench
+
+    monkeypatch.setattr(bench, "CASES", {"tiny": lambda kind: bench.control(kind, (8,), 2, 4)})
+    assert bench.run(bench.RolloutCompressionConfig(repeats=2, out=tmp_path)) == 0
+    with open(tmp_path / "cpu/rollout_compression.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["policy"] for row in rows] == ["full", *KINDS]
+    full = float(rows[0]["rollout_cpu_ms"])
+    for row in rows:
+        assert float(row["copy_cpu_ms"]) > 0
+        assert float(row["units_per_cpu_second"]) == pytest.approx(8e3 / float(row["rollout_cpu_ms"]), rel=1e-4)
+        assert float(row["speed_of_full"]) == pytest.approx(full / float(row["rollout_cpu_ms"]), rel=1e-4)
+        assert row["commit"] and row["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [({"ppo": 0.3, "epsilon_greedy": 0.2}, 0), ({"ppo": 0.3, "epsilon_greedy": 0.4}, 1)]
+)
+def test_the_recommenders_benchmark_compares_the_ends(ends, code, tmp_path, monkeypatch):
+    from bench import recommend as bench
+
+    (tmp_path / "example.py").write_text(f"""
+from dataclasses import dataclass
+import numpy as np
+@dataclass
+class Config:
+    seeds: tuple
+    out: object
+    iterations: int = 20
+def train(config):
+    early = np.full((2, 18), 0.35)  # would decide, if it counted
+    ends = {{**{ends}, "popularity": 0.1}}
+    return {{name: np.hstack([early, np.full((2, 2), end)]) for name, end in ends.items()}}
+def draw(config, curves):
+    pass
+""")
+    monkeypatch.setattr(bench, "EXAMPLE", tmp_path / "example.py")
+    assert bench.run(bench.RecommendConfig(out=tmp_path)) == code
+    with open(tmp_path / "recommend.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 20
+    assert {row["commit"] for row in rows} != {""}
+    assert [float(row["click_through"]) for row in rows[18:20]] == [0.3, 0.3]
