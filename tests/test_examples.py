@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -20,10 +22,14 @@ SAYS = {
     "first_ppo": "stopped after 20 episodes",
     "language_loss": "gradients of hidden states and head agree",
     "micro_batches": "pieces of 8: the same gradient",
+    "recommend": "popularity      click-through of the last 1 iterations",
     "train_your_own": "of at most 48",
 }
 #: Flags that make a run short.
-SHORT = {"first_ppo": ["--episodes", "20"]}
+SHORT = {
+    "first_ppo": ("--episodes", "20"),
+    "recommend": ("--items", "500", "--iterations", "3", "--seeds", "1"),
+}
 
 
 def run(name, folder, flags=()):
@@ -43,6 +49,25 @@ def test_example(name, tmp_path):
 def test_the_first_example_converges(seed, tmp_path):
     assert "converged after" in run("first_ppo", tmp_path, ["--seed", seed])
     assert (tmp_path / "first_ppo.png").stat().st_size > 10_000
+
+
+def test_the_recommender_shows_nothing_twice_and_scores_a_slate_as_its_slots():
+    """Its streams: every item was allowed when it was shown, once in a session; a mask lacks what came before it in the slate."""
+    spec = importlib.util.spec_from_file_location("recommend", ROOT / "examples/recommend.py")
+    recommend = sys.modules["recommend"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recommend)
+    config = recommend.Config(items=200, users=4, slates=6)
+    shop = recommend.Shop(config, 1)
+    seen = recommend.session(shop, lambda obs, mask: torch.rand(mask.shape).masked_fill(~mask, -1.0).topk(3).indices)
+    actions, masks = seen["actions"], seen["action_mask"]  # [T, N, K], [T, N, K, A]
+    assert masks.gather(-1, actions[..., None]).all()
+    for user in range(4):
+        assert len(set(actions[:, user].flatten().tolist())) == actions[:, user].numel()
+    shown = masks.flatten(0, 1).sum(-1)  # one item less with each slot
+    assert torch.equal(shown[:, :1] - shown, torch.arange(3).expand_as(shown))
+    assert torch.equal(masks[1:, :, 0].sum(-1), masks[:-1, :, 2].sum(-1) - 1)
+    assert seen["obs"].isfinite().all()
+    assert set(seen["clicks"].unique().tolist()) <= {0.0, 1.0}
 
 
 def test_every_example_is_run_and_named_in_the_docs():

@@ -310,6 +310,10 @@ def test_cart_pole_without_velocity_is_cart_pole_seen_in_part():
             ["--num-minibatches: expected at most", "= 1 with --recurrent lstm", "got 4", "--sequence-length"],
         ),
         (
+            ["--recurrent", "gru", "--rollout-policy", "int8"],
+            ["--rollout-policy: expected full with --recurrent gru, got int8"],
+        ),
+        (
             ["--recurrent", "lstm", "--device", "cuda", "--cuda-graph"],
             ["--cuda-graph: expected --recurrent none, got lstm"],
         ),

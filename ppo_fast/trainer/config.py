@@ -30,6 +30,8 @@ _BOUNDS: Bounds = {
     "recurrent_size": (1, 2**16, True),
     "sequence_length": (1, 2**24, True),
     "initial_log_std": (-20, 20, True),
+    "rollout_sparsity": (0, 1, True),
+    "rollout_high": (0, math.inf, False),
     "threads": (1, 4096, True),
     "checkpoint_seconds": (0, math.inf, True),
 }
@@ -79,6 +81,20 @@ class ControlConfig(RunFields):
 
     autoreset: Literal["same_step", "next_step"] = "same_step"
     """When a finished episode restarts (gymnasium's AutoresetMode). next_step spends a step on it, which is masked."""
+
+    rollout_policy: Literal["full", "int8", "pruned"] = "full"
+    """What samples: the policy, or a copy of it that is made before each rollout, with weights of 8 bits (int8; CPU only, worth
+    it where layers are wide) or without the smallest weights (pruned; no faster, as zeros are multiplied like others)."""
+
+    rollout_sparsity: float = 0.5
+    """pruned: share of each linear layer's weights that is left out."""
+
+    rollout_correction: Literal["token", "none"] = "token"
+    """token: what another policy sampled weighs min(ρ, rollout-high) in the policy loss, ρ the ratio of the learner's
+    probability before the update to that of the policy that sampled. none: as if the learner had sampled."""
+
+    rollout_high: float = 2.0
+    """Upper bound of that weight."""
 
     learning_rate: float = 2.5e-4
     """Adam's step size at the start."""
@@ -199,6 +215,10 @@ def validate(config: ControlConfig) -> None:
     if config.recurrent == "none" and config.sequence_length is not None:
         raise UserError(
             f"--sequence-length: expected --recurrent lstm or gru, got none, and {config.sequence_length} steps"
+        )
+    if config.recurrent != "none" and config.rollout_policy != "full":
+        raise UserError(
+            f"--rollout-policy: expected full with --recurrent {config.recurrent}, got {config.rollout_policy}"
         )
     if config.recurrent != "none" and config.cuda_graph:
         raise UserError(

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from . import checkpoint
+from .compress import check
 from .config import ControlConfig
 from .device import find_device
 from .envs import MakeEnv, make_envs, replay_states, restore
@@ -59,6 +60,7 @@ class Trainer:
 
     def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
         self.config, self.device = config, find_device(config, config.cuda_graph)
+        check(config)
         random.seed(config.seed)  # the global generators are for environments that use them
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)

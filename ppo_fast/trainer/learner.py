@@ -17,6 +17,7 @@ from torch import Tensor
 import ppo_fast as pf
 from ppo_fast.config import STATS
 
+from .compress import NO_MISMATCH, correction, mismatch
 from .config import ControlConfig
 from .device import upload
 from .errors import UserError
@@ -44,7 +45,7 @@ class Learner:
         self.parameters = list(net.parameters())
         self.loss_config = pf.LossConfig(
             **clips(config, 1.0), value_coef=config.value_coef, entropy_coef=config.entropy_coef,
-            normalize_advantages=config.normalize_advantages,
+            normalize_advantages=config.normalize_advantages, **correction(config),
         ).on(self.device)  # fmt: skip
         # the types that torch's fused kernels take: the CPU's reads a double, that of a GPU a float
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
@@ -86,8 +87,11 @@ class Learner:
             # a terminal state may allow nothing; its row is never used, but must not look like bad input to an op
             mask = mask | ~there(rollout.valid).view(-1, 1)
         log_prob = policy.log_prob(rollout.params.view(t * n, -1), net.log_std, actions, mask)
-        obs = rollout.obs[:-1].reshape(t * n, -1)
-        return Batch(obs, actions, mask, log_prob, values[:-1].reshape(-1), advantages.reshape(-1), returns.reshape(-1))
+        obs, rollout_log_prob = rollout.obs[:-1].reshape(t * n, -1), None
+        if self.config.rollout_policy != "full":  # another one sampled
+            rollout_log_prob, log_prob = log_prob, policy.log_prob(net.actor(obs), net.log_std, actions, mask)
+        streams = values[:-1].reshape(-1), advantages.reshape(-1), returns.reshape(-1)
+        return Batch(obs, actions, mask, log_prob, *streams, rollout_log_prob)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """As `optimizer.load_state_dict`, which does not compare shapes."""
@@ -142,8 +146,12 @@ class Learner:
         rows = upload(rows, self.device)
         returns = batch.returns[rows]
         variances = [x.var(correction=0) for x in (returns, returns - batch.values[rows])]
-        *means, variance, unexplained = torch.cat([stats, torch.stack(variances)]).tolist()
-        named = dict(zip((*STATS, "grad_norm"), means, strict=True))
+        off: dict[str, Tensor] = {}
+        if batch.rollout_log_prob is not None:
+            off = mismatch(batch.log_prob[rows], batch.rollout_log_prob[rows], self.config)
+        read = torch.cat([stats, torch.stack([*variances, *off.values()])]).tolist()
+        named = {**NO_MISMATCH, **dict(zip((*STATS, "grad_norm", "variance", "unexplained", *off), read, strict=True))}
+        variance, unexplained = named.pop("variance"), named.pop("unexplained")
         if not math.isfinite(named["grad_norm"]):
             config = self.config
             raise UserError(

@@ -21,12 +21,13 @@ from .errors import UserError
 class Batch:
     """A rollout as flat rows; `index` of a minibatch points into it."""
 
-    __slots__ = ("action_mask", "actions", "advantages", "log_prob", "obs", "returns", "values")
+    __slots__ = ("action_mask", "actions", "advantages", "log_prob", "obs", "returns", "rollout_log_prob", "values")
 
     def __init__(
         self, obs: Tensor, actions: Tensor, action_mask: Tensor | None, log_prob: Tensor, values: Tensor,
-        advantages: Tensor, returns: Tensor,
+        advantages: Tensor, returns: Tensor, rollout_log_prob: Tensor | None = None,
     ) -> None:  # fmt: skip
+        self.rollout_log_prob = rollout_log_prob  # of what sampled, where that is not the learner's policy
         self.obs, self.actions, self.action_mask, self.log_prob = obs, actions, action_mask, log_prob
         self.values, self.advantages, self.returns = values, advantages, returns
 
@@ -99,7 +100,7 @@ class CategoricalPolicy:
     ) -> pf.PPOLoss:
         return pf.categorical_ppo_loss(
             params, batch.actions, batch.log_prob, batch.advantages, config, values=values, old_values=batch.values,
-            returns=batch.returns, action_mask=batch.action_mask, index=index,
+            returns=batch.returns, rollout_log_prob=batch.rollout_log_prob, action_mask=batch.action_mask, index=index,
         )  # fmt: skip
 
 
@@ -135,9 +136,11 @@ class MultiCategoricalPolicy:
     ) -> pf.PPOLoss:
         mask = None if batch.action_mask is None else batch.action_mask[index]
         log_prob, entropy = pf.multi_categorical_log_prob(params, batch.actions[index], self.nvec, action_mask=mask)
+        rollout_log_prob = None if batch.rollout_log_prob is None else batch.rollout_log_prob[index]
         return pf.ppo_loss(
             log_prob, batch.log_prob[index], batch.advantages[index], config, values=values,
             old_values=batch.values[index], returns=batch.returns[index], entropy=entropy,
+            rollout_log_prob=rollout_log_prob,
         )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ class NormalPolicy:
     ) -> pf.PPOLoss:
         return pf.normal_ppo_loss(
             params, log_std, batch.actions, batch.log_prob, batch.advantages, config, values=values,
-            old_values=batch.values, returns=batch.returns, index=index,
+            old_values=batch.values, returns=batch.returns, rollout_log_prob=batch.rollout_log_prob, index=index,
         )  # fmt: skip
 
 

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .compress import MISMATCH
 from .config import ControlConfig
 
 WINDOW = 100  # episodes in a mean return
 EPISODE_COLUMNS = ("global_step", "env", "return", "length")
 PROGRESS_COLUMNS = (
     "global_step", "iteration", "episodes", "mean_return", "learning_rate", "policy_loss", "value_loss", "entropy",
-    "approx_kl", "clip_fraction", "explained_variance", "grad_norm", "steps_per_second",
+    "approx_kl", "clip_fraction", "explained_variance", "grad_norm", *MISMATCH, "steps_per_second",
 )  # fmt: skip
 
 

@@ -23,10 +23,11 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from .compress import rollout_actor
 from .config import ControlConfig
 from .device import Twin, upload
 from .errors import UserError, one_line
-from .networks import ActorCritic, without_modules
+from .networks import ActorCritic
 from .normalize import ObservationNormalizer
 from .policies import Policy
 from .spaces import MASK, MaskReader, ObservationCodec
@@ -176,7 +177,7 @@ class Collector:
 
     def _actor(self) -> Callable[[int, Tensor], Tensor]:
         """From a step t of the rollout and what it sees, [N, obs], to parameters of the actions."""
-        actor = without_modules(self.net.actor)
+        actor = rollout_actor(self.net.actor, self.config)
         return lambda t, obs: actor(obs)
 
     def values(self) -> Tensor:

@@ -97,6 +97,20 @@ class SamplingFields:
     sampling_batch: int = 512
     """Responses sampled side by side; bounds the memory of the key-value cache."""
 
+    rollout_policy: Literal["full", "int8", "pruned"] = "full"
+    """What samples: the policy, or a copy of it that is made before each rollout, with weights of 8 bits (int8; CPU only, worth
+    it where layers are wide) or without the smallest weights (pruned; no faster, as zeros are multiplied like others)."""
+
+    rollout_sparsity: float = 0.5
+    """pruned: share of each linear layer's weights that is left out."""
+
+    rollout_correction: Literal["token", "none"] = "token"
+    """token: what another policy sampled weighs min(ρ, rollout-high) in the policy loss, ρ the ratio of the learner's
+    probability before the update to that of the policy that sampled. none: as if the learner had sampled."""
+
+    rollout_high: float = 2.0
+    """Upper bound of that weight."""
+
 
 @dataclass(frozen=True)
 class AlgorithmFields:
@@ -267,6 +281,8 @@ class LanguageConfig(
         "top_k": (0, 2**31, True),
         "top_p": (0, 1, False),
         "sampling_batch": (1, 2**24, True),
+        "rollout_sparsity": (0, 1, True),
+        "rollout_high": (0, math.inf, False),
         "gamma": (0, 1, True),
         "gae_lambda": (0, 1, True),
         "length_adaptive_alpha": (0, math.inf, False),

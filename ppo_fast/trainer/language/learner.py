@@ -19,6 +19,7 @@ from ppo_fast import advantages as estimators
 from ppo_fast.config import STATS
 from ppo_fast.reductions import token_weights
 
+from ..compress import correction
 from ..errors import UserError
 from .config import LanguageConfig
 from .model import Policy
@@ -67,7 +68,7 @@ class Learner:
         self.loss_config = pf.LossConfig(
             policy=config.policy, clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
             value_clip=config.value_clip, value_coef=config.value_coef, entropy_coef=config.entropy_coef,
-            kl=config.kl_estimator if in_loss else None, kl_coef=config.kl_coef if in_loss else 0.0,
+            kl=config.kl_estimator if in_loss else None, kl_coef=config.kl_coef if in_loss else 0.0, **correction(config),
         )  # fmt: skip
 
     # --- before the update ----------------------------------------------------------------------------------------------
@@ -179,6 +180,7 @@ class Learner:
                 values=None if experience.values is None else policy.values(hidden),
                 old_values=stored(experience.values), returns=stored(experience.returns),
                 ref_log_prob=None if config.kl is None else stored(experience.ref_log_prob),
+                rollout_log_prob=stored(experience.responses.log_prob) if config.rollout_correction else None,
                 weights=weights[:, :length][rows], cu_seqlens=borders,
             )  # fmt: skip
         out.loss.backward()

@@ -103,7 +103,7 @@ class Policy(nn.Module):
     def __init__(self, causal: Any, config: LanguageConfig, device: torch.device) -> None:
         super().__init__()
         self.causal = causal
-        self.in_bfloat16 = config.dtype == "bfloat16"
+        self.device_type, self.in_bfloat16 = device.type, config.dtype == "bfloat16"
         self.head = causal.get_output_embeddings()
         _check_head(causal, self.head)
         if config.lora_rank:
@@ -135,7 +135,7 @@ class Policy(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.head.weight.device.type, torch.bfloat16, enabled=self.in_bfloat16)
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=self.in_bfloat16)
 
     def states(self, tokens: Tensor, attention: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
         """The model without its head. `attention` [B, cached + T] marks what is not padding; positions count it."""
@@ -167,13 +167,18 @@ class Policy(nn.Module):
             finally:
                 self.causal.enable_adapters()
         else:
-            causal, head = self.causal, self.head
-            self.causal = self._reference[0]
-            self.head = self.causal.get_output_embeddings()
-            try:
+            with self.standing_in(self._reference[0]):
                 yield
-            finally:
-                self.causal, self.head = causal, head
+
+    @contextlib.contextmanager
+    def standing_in(self, causal: Any):
+        """Within, `causal` is the model."""
+        mine = self.causal, self.head
+        self.causal, self.head = causal, causal.get_output_embeddings()
+        try:
+            yield
+        finally:
+            self.causal, self.head = mine
 
 
 def _add_adapters(causal: Any, config: LanguageConfig) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import checkpoint
+from ..compress import MISMATCH, check, compressed, mismatch
 from .config import LanguageConfig
 from .learner import Experience, Learner
 from .model import Policy
@@ -27,7 +28,7 @@ from .sampling import Responses, joined, sample
 COLUMNS = (
     "iteration", "responses", "tokens", "reward", "reward_std", "eval_reward", "length", "finished", "entropy", "kl", "kl_coef",
     "learning_rate", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "explained_variance", "grad_norm",
-    "log_prob_error", "seconds",
+    "log_prob_error", *MISMATCH, "seconds",
 )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ class Trainer:
     def __init__(
         self, config: LanguageConfig, causal: Any, tokenizer: PreTrainedTokenizerBase, task: Task, device: torch.device
     ) -> None:
+        check(config)
         self.config, self.tokenizer, self.task, self.device = config, tokenizer, task, device
         random.seed(config.seed)  # the global generators are for reward functions that use them
         np.random.seed(config.seed % 2**32)
@@ -144,7 +146,8 @@ class Trainer:
             now.first_eval = self.evaluate()
         self._since = start = time.perf_counter()
         index = [i for i in self._next_prompts() for _ in range(config.group)]
-        responses = self.respond(task.train, index)
+        with self.policy.standing_in(compressed(self.policy.causal, config)):
+            responses = self.respond(task.train, index)
         greedy = self.respond(task.train, index[:: config.group], True) if config.algorithm == "remax" else None
         self._clock("sampling")
         scores, texts, completions = self.score(task.train, index, responses)
@@ -166,7 +169,7 @@ class Trainer:
         now.reward = float(scores.mean())
         last = now.iteration == config.iterations
         evaluated = self.evaluate() if last or now.iteration % config.eval_every == 0 else float("nan")
-        row.update(describe(responses, scores, experience), iteration=now.iteration, responses=now.responses,
+        row.update(describe(responses, scores, experience, config), iteration=now.iteration, responses=now.responses,
                    tokens=now.tokens, eval_reward=evaluated, kl_coef=kl_coef, learning_rate=learning_rate,
                    seconds=time.perf_counter() - start)  # fmt: skip
         shown = range(0, len(index), max(1, len(index) // max(1, config.logged_responses)))[: config.logged_responses]
@@ -222,7 +225,7 @@ def end_tokens(causal: Any, tokenizer: PreTrainedTokenizerBase, device: torch.de
     return torch.tensor(sorted(ends), device=device)
 
 
-def describe(responses: Responses, scores: Tensor, experience: Experience) -> dict[str, float]:
+def describe(responses: Responses, scores: Tensor, experience: Experience, config: LanguageConfig) -> dict[str, float]:
     """Statistics of a rollout, read from the device at once."""
     mask, nan = experience.mask, float("nan")
     count = mask.sum()
@@ -237,5 +240,6 @@ def describe(responses: Responses, scores: Tensor, experience: Experience) -> di
         "reward": scores.mean(), "reward_std": scores.std(correction=0), "length": responses.mask.sum(1).float().mean(),
         "finished": responses.finished.float().mean(), "entropy": torch.where(mask, experience.entropy, 0.0).sum() / count,
         "kl": kl, "explained_variance": explained, "log_prob_error": error,
+        **mismatch(experience.old_log_prob, responses.log_prob, config, mask),
     }  # fmt: skip
     return dict(zip(numbers, torch.stack([x.float().to(mask.device) for x in numbers.values()]).tolist(), strict=True))
