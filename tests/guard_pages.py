@@ -129,7 +129,7 @@ def tails(op: str, n: int) -> Any:
             if op == "vtrace":
                 case["log_rhos"] = r.normal(*case["rewards"].shape, scale=0.5, dtype=dtype)
             if op == "discounted_returns":
-                case = {k: v for k, v in case.items() if k not in ("values", "final_values")}
+                case = {k: v for k, v in case.items() if k != "values"}
             names = [k for k in ("log_rhos", "rewards", "values") if k in case]
             yield cases.Call(op, {k: case.pop(k) for k in names}, case)
     elif op == "whiten":
