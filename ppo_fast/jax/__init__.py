@@ -10,6 +10,7 @@
 What differs from torch: docs/jax.md.
 """
 
+from . import _call  # first: it says what is missing
 from ._log_prob import (
     bernoulli_log_prob,
     beta_log_prob,

@@ -57,5 +57,8 @@ def token_weights(
     rows = Sequences(shape, cu_seqlens)
     valid_in_row = rows.total(ones)
     n_rows = jnp.maximum((valid_in_row > 0).sum(), 1)  # a row with nothing in it is no sequence
-    w = ones / jnp.asarray(n_rows if denominator is None else denominator, dtype)
-    return w / rows.spread(jnp.maximum(valid_in_row, 1.0)) if reduction == "seq-mean-token-mean" else w
+    w = jnp.asarray(1.0, dtype) / jnp.asarray(n_rows if denominator is None else denominator, dtype)
+    if reduction == "seq-mean-token-sum":
+        return ones * w
+    w = jax.lax.optimization_barrier(w)  # or XLA makes one division of two, and another last bit
+    return ones * rows.spread(w / jnp.maximum(valid_in_row, 1.0))
