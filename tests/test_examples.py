@@ -17,13 +17,17 @@ SAYS = {
     "cuda_graph": "update 4: approx_kl",
     "data_parallel": "rank 1: the gradient of the whole batch",
     "drop_in_loss": "loss, approx_kl and all gradients agree",
+    "jax_cartpole": "episodes: 500.0, solved",
     "language_loss": "gradients of hidden states and head agree",
     "micro_batches": "pieces of 8: the same gradient",
     "train_your_own": "of at most 48",
 }
 
 
-@pytest.mark.parametrize("name", SAYS)
+LEARNS = {"jax_cartpole"}  # to a goal
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LEARNS else ()) for x in SAYS])
 def test_example(name, tmp_path):
     done = subprocess.run([sys.executable, ROOT / f"examples/{name}.py"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -33,4 +37,5 @@ def test_example(name, tmp_path):
 def test_every_example_is_run_and_named_in_the_docs():
     assert set(EXAMPLES) - set(SAYS) == {"cleanrl_ppo"}  # tests/integrations/test_cleanrl.py
     linked = set(re.findall(r"\]\(\.\./examples/(\w+)\.py\)", (ROOT / "docs/embedding.md").read_text()))
+    linked |= set(re.findall(r"\]\(\.\./examples/(\w+)\.py\)", (ROOT / "docs/jax.md").read_text()))
     assert set(EXAMPLES) - linked == {"train_your_own"}  # README
