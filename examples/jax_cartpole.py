@@ -59,7 +59,7 @@ def reset(key):
 
 def step(env, action, key):
     """(what comes next, its observation before any reset, terminated, truncated)"""
-    x, v, angle, omega = env.state
+    _, v, angle, omega = env.state
     force = jnp.where(action == 1, 10.0, -10.0)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     pull = (force + 0.05 * omega**2 * sin) / 1.1

@@ -54,7 +54,10 @@ class Call:
     """Gathers what a raw call reads and writes: `call(x)` is x's place in the plan, `call.result(...)` a new array's."""
 
     def __init__(self, op: str) -> None:
-        self.op, self.inputs, self.results, self.aliases = op, [], [], {}
+        self.op = op
+        self.inputs: list[Array] = []
+        self.results: list[jax.ShapeDtypeStruct] = []
+        self.aliases: dict[int, int] = {}  # input -> result
 
     def __call__(self, x: Any, shape: Sequence[int] | None = None, dtype: str | None = None) -> Any:
         """Of an array; `shape` and `dtype` are the kernel's where they are not x's. Anything else the bindings judge."""
@@ -81,7 +84,7 @@ class Call:
         call = jax.ffi.ffi_call(
             f"ppo_fast.{self.op}", self.results, vmap_method="sequential", input_output_aliases=self.aliases
         )
-        return call(*self.inputs, plan=np.frombuffer(written[0], dtype=np.int64))
+        return [*call(*self.inputs, plan=np.frombuffer(written[0], dtype=np.int64))]
 
 
 def compute_dtype(*inputs: Any) -> Any:

@@ -60,5 +60,6 @@ def token_weights(
     w = jnp.asarray(1.0, dtype) / jnp.asarray(n_rows if denominator is None else denominator, dtype)
     if reduction == "seq-mean-token-sum":
         return ones * w
-    w = jax.lax.optimization_barrier(w)  # or XLA makes one division of two, and another last bit
-    return ones * rows.spread(w / jnp.maximum(valid_in_row, 1.0))
+    # or XLA divides once where torch divides twice, or by a constant with its reciprocal, and the last bit is another
+    w, valid_in_row = jax.lax.optimization_barrier((w, jnp.maximum(valid_in_row, 1.0)))
+    return ones * rows.spread(w / valid_in_row)
