@@ -3,7 +3,8 @@
     python -m bench.jax [--quick]
 
 Floors and bytes are those of the torch ops (gae.py, ppo_loss.py, ...): the kernels are the same. Every call waits for its
-results (block_until_ready), and allocates them: XLA gives a program fresh memory, which above 32 MiB the system maps anew.
+results (block_until_ready). XLA gives a program fresh memory for them, which above 32 MiB the system maps anew; where memory is
+donated, every provider writes to it.
 """
 
 from __future__ import annotations
@@ -56,15 +57,31 @@ def to_jax(x: Tensor) -> jax.Array:
 
 
 def provider(
-    name: str, function: Callable, arrays: tuple, read: Callable[[Any], dict[str, Any]], note: str = ""
+    name: str,
+    function: Callable,
+    arrays: tuple,
+    read: Callable[[Any], dict[str, Any]],
+    note: str = "",
+    donates: bool = False,
 ) -> Provider:
-    """`function`, jitted, of arrays that lie on the device; done when its results are there."""
-    program = jax.jit(function)
+    """`function`, jitted, of arrays that lie on the device; done when its results are there. `donates`: the results of a call
+    are given to the next as `out`, memory that is there; a function that does not ask for it writes there all the same."""
+    if donates and name != OURS:
+        program = jax.jit(lambda *x: function(*x[:-1]), donate_argnums=len(arrays), keep_unused=True)
+    else:
+        program = jax.jit(function, donate_argnums=len(arrays) if donates else None)
+    kept = [jax.tree.map(jnp.copy, jax.jit(function)(*arrays))] if donates else []
+
+    def run() -> Any:
+        if not donates:
+            return jax.block_until_ready(program(*arrays))
+        kept[0] = jax.block_until_ready(program(*arrays, kept[0]))
+        return kept[0]
 
     def result(out: Any) -> dict[str, Tensor]:
         return {k: to_torch(v) for k, v in read(out).items()}
 
-    return Provider(name, lambda: jax.block_until_ready(program(*arrays)), result, note=note)
+    return Provider(name, run, result, note=note)
 
 
 # --- scans ----------------------------------------------------------------------------------------------------------------
@@ -114,15 +131,16 @@ def build_gae(case: Case) -> Workload:
     arrays = tuple(map(to_jax, data))
     read = lambda out: dict(zip(("advantages", "returns"), out, strict=True))  # noqa: E731
 
-    def ours(rewards, values, last_values, terminated):
-        return pfj.gae(rewards, values, last_values, terminated=terminated, gamma=GAMMA, lam=LAM)
+    def ours(rewards, values, last_values, terminated, out=None):
+        return pfj.gae(rewards, values, last_values, terminated=terminated, gamma=GAMMA, lam=LAM, out=out)
 
+    there = not case.variant
     rlax, why = peers.imported("rlax")
     providers = [
-        provider(OURS, ours, arrays, read),
-        provider(SCAN, scan_gae, arrays, read),
-        provider(JNP, associative_gae, arrays, read, "lax.associative_scan"),
-        left_out(RLAX, why) if rlax is None else provider(RLAX, rlax_gae(rlax), arrays, read),
+        provider(OURS, ours, arrays, read, donates=there),
+        provider(SCAN, scan_gae, arrays, read, donates=there),
+        provider(JNP, associative_gae, arrays, read, "lax.associative_scan", there),
+        left_out(RLAX, why) if rlax is None else provider(RLAX, rlax_gae(rlax), arrays, read, donates=there),
     ]
 
     def truth() -> dict[str, Tensor]:
@@ -256,9 +274,10 @@ def build_categorical(case: Case) -> Workload:
 # --- cases ------------------------------------------------------------------------------------------------------------------
 
 
-def _gae(steps: int, n: int, *targets: Target, quick: bool = False) -> Case:
-    size = steps * n
-    return Case("gae", (steps, n), "float32", "forward", 17 * size + 4 * n, 7 * size, build_gae, targets, quick)
+def _gae(steps: int, n: int, *targets: Target, quick: bool = False, variant: str = "") -> Case:
+    size, remark = steps * n, "into fresh memory" if variant else "into donated memory"
+    n_bytes = 17 * size + 4 * n
+    return Case("gae", (steps, n), "float32", "forward", n_bytes, 7 * size, build_gae, targets, quick, remark, variant)
 
 
 def _loss(n: int, *targets: Target, quick: bool = False) -> Case:
@@ -275,6 +294,7 @@ def _categorical(n: int, width: int, *targets: Target, quick: bool = False) -> C
 
 CASES = [
     _gae(2048, 4096, Target(3, (SCAN, JNP, RLAX))),
+    _gae(2048, 4096, variant="fresh"),
     _gae(128, 1024, Target(3, (SCAN, JNP, RLAX))),
     _gae(128, 8, quick=True),
     _loss(256, quick=True),

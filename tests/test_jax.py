@@ -153,6 +153,19 @@ def test_advantages_are_constants():
     assert (jax.jvp(pj.whiten, (x["values"],), (x["values"],))[1] == 0).all()
 
 
+def test_out_is_written_to():
+    """Donated memory takes the results; what is not donated stays as it was."""
+    x, out = to_jax(rollout(64, 48)), (jnp.full((64, 48), jnp.nan, jnp.float32), jnp.ones((64, 48), jnp.float32))
+    wanted = pj.gae(**x)
+    for found in (pj.gae(**x, out=out), jax.vmap(lambda x, out: pj.gae(**x, out=out), 1, 1)(x, out)):
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert jnp.isnan(out[0]).all() and (out[1] == 1).all()
+    memory = [a.unsafe_buffer_pointer() for a in out]
+    found = jax.jit(lambda x, out: pj.gae(**x, out=out), donate_argnums=1)(x, out)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert [a.unsafe_buffer_pointer() for a in found] == memory and out[0].is_deleted()
+
+
 # --- log-probabilities --------------------------------------------------------------------------------------------------
 
 

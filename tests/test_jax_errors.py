@@ -51,6 +51,13 @@ BAD = [
     ),
     (lambda: pj.gae(X, X, cu_seqlens=ACTIONS), ValueError, r"rewards must be packed, \[M\], with cu_seqlens"),
     (lambda: pj.gae(X[0], X[0], cu_seqlens=ROW), TypeError, "cu_seqlens must be int32 or int64, got float32"),
+    (lambda: pj.gae(X, X, out=X), TypeError, r"gae: out must be a tuple of two arrays, \(advantages, returns\)"),
+    (
+        lambda: pj.gae(X, X, out=(X, X[:2])),
+        ValueError,
+        r"gae: out\[1\] must be the shape of rewards = \[4, 3\], got \[2, 3\]",
+    ),
+    (lambda: pj.gae(X, X, out=(X.astype(np.float16), X)), TypeError, r"gae: out\[0\] must be float32, got float16"),
     (lambda: pj.vtrace(X, X, X, rho_clip=0.0), ValueError, "vtrace: rho_clip must be > 0, got 0"),
     (
         lambda: pj.discounted_returns(X, mask=X[0]),

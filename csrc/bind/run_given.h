@@ -1,5 +1,6 @@
 // The table of kernels.h for this flavour of the bindings: what stands here is what only Python looked after.
 #pragma once
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -15,27 +16,35 @@ namespace pf::bind {
 template <class Args, cudaError_t (*kernel)(const Args&, Launch&)>
 void run_given(const char* op, Args& args, Given& given) {
   if constexpr (requires { args.dist.nvec; }) args.dist.nvec = given.appended;
-  const auto stream = static_cast<cudaStream_t>(given.stream);
-  Launch launch{stream, &given, nullptr, nullptr, 0};
+  Launch launch{static_cast<cudaStream_t>(given.stream), &given, nullptr, nullptr, 0};
   launch.memory = [](void* context, int64_t bytes) {
     auto& given = *static_cast<Given*>(context);
-    return given.memory(given.context, bytes);
+    void* at = given.memory(given.context, bytes);
+    if (!at) throw std::bad_alloc();
+    return at;
   };
   launch.ticket = [](void* context) {  // one of its own, so that nothing has to be kept between calls
     auto& given = *static_cast<Given*>(context);
     void* at = given.memory(given.context, sizeof(unsigned));
-#if !PF_SIMT
-    if (at) cudaMemsetAsync(at, 0, sizeof(unsigned), static_cast<cudaStream_t>(given.stream));
+    if (!at) throw std::bad_alloc();
+#if PF_SIMT
+    *static_cast<unsigned*>(at) = 0;
+#else
+    cudaMemsetAsync(at, 0, sizeof(unsigned), static_cast<cudaStream_t>(given.stream));
 #endif
     return static_cast<unsigned*>(at);
   };
-  if (const cudaError_t error = kernel(args, launch); error != cudaSuccess) {
+  try {
+    const cudaError_t error = kernel(args, launch);
+    if (error == cudaSuccess) return;
 #if PF_SIMT
     given.error = text(op, ": ", simt::complaint());
 #else
     cudaGetLastError();  // not left for somebody else's call
     given.error = text(op, ": ", cudaGetErrorString(error), "; built for " PF_CUDA_ARCHITECTURES);
 #endif
+  } catch (const std::bad_alloc&) {
+    given.error = text(op, ": XLA has no memory left for partial results");
   }
 }
 

@@ -10,7 +10,7 @@
 What differs from torch: docs/jax.md.
 """
 
-from . import _call  # first: it says what is missing
+from . import _call  # noqa: F401 (first: it says what is missing)
 from ._log_prob import (
     bernoulli_log_prob,
     beta_log_prob,

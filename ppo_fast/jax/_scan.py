@@ -104,7 +104,8 @@ class Scan:
         call = Call(self.op)
         taken = {k: self._take(call, k, x) for k, x in arrays.items()}
         places = {**rest, **taken}
-        outputs = [call.result(arrays["rewards"].shape, dtype) for _ in range(self.n_results)]
+        over = [places.pop(f"out[{i}]", None) for i in range(self.n_results)]
+        outputs = [call.result(arrays["rewards"].shape, dtype, over=x) for x in over]
         found = self.raw(call, places, time_dim, dtype == jnp.float64, outputs)
         return [*map(back, found)]
 
@@ -163,8 +164,12 @@ def gae(
     gamma: float | Array = 0.99,
     lam: float | Array = 0.95,
     time_dim: int = 0,
+    out: tuple[Array, Array] | None = None,
 ) -> tuple[Array, Array]:
     """Advantages and returns: `ppo_fast.gae` for JAX, with its arguments, formula and bits.
+
+    out: arrays of the results' shape and dtype whose memory the results may take, e.g. those of the last update, donated
+        to the program (`jit(..., donate_argnames="out")`): it then maps no fresh pages. What they hold is not read.
 
     Gradient: none; the inputs are constants. `vmap` is one call over all columns, but for packed inputs.
 
@@ -180,6 +185,8 @@ def gae(
         )  # fmt: skip
 
     streams = {"rewards": rewards, "values": values, "terminated": terminated, "truncated": truncated, "mask": mask}
+    if out is not None:
+        streams |= _checked_out(out, rewards, values)
     columns = {"last_values": last_values, "gamma": gamma, "lam": lam}
     if cu_seqlens is not None:
         columns["cu_seqlens"] = cu_seqlens
@@ -187,6 +194,20 @@ def gae(
         streams["cu_seqlens"] = None
     advantages, returns = Scan("gae", 2, raw)(streams, columns, final_values, time_dim, cu_seqlens is not None)
     return advantages, returns
+
+
+def _checked_out(out: Any, rewards: Any, values: Any) -> dict[str, Array]:
+    if not (isinstance(out, tuple) and len(out) == 2 and all(map(is_array, out))):
+        raise TypeError("gae: out must be a tuple of two arrays, (advantages, returns)")
+    dtype = np.dtype(compute_dtype(rewards, values))
+    for i, x in enumerate(out):
+        if x.dtype != dtype:
+            raise TypeError(f"gae: out[{i}] must be {dtype.name}, got {x.dtype.name}")
+        if x.shape != np.shape(rewards):
+            raise ValueError(
+                f"gae: out[{i}] must be the shape of rewards = {list(np.shape(rewards))}, got {list(x.shape)}"
+            )
+    return {f"out[{i}]": x for i, x in enumerate(out)}
 
 
 def vtrace(
