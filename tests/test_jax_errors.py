@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,3 +225,22 @@ def test_what_is_missing_is_said_in_one_line(before, message):
 def test_torch_needs_no_jax():
     code = "import sys, ppo_fast; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="needs the repository")
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PPO_FAST_XLA": "2"}, "ppo_fast: PPO_FAST_XLA must be 0, 1 or unset, got '2'"),
+        ({"PPO_FAST_XLA_INCLUDE": "/nowhere"}, "PPO_FAST_XLA_INCLUDE=/nowhere, but no xla/ffi/api/ffi.h in /nowhere"),
+        ({"PPO_FAST_XLA": "0"}, "ppo_fast"),
+        ({}, "ppo_fast"),
+    ],
+)
+def test_a_build_says_why_there_is_no_part_for_xla(variables, message):
+    done = subprocess.run([sys.executable, SETUP, "-q", "--name"], capture_output=True, text=True, cwd=SETUP.parent,
+                          env={**os.environ, "PPO_FAST_CUDA": "0", **variables})  # fmt: skip
+    assert (done.stdout + done.stderr).strip().splitlines()[-1].endswith(message), done.stdout + done.stderr
