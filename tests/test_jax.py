@@ -161,7 +161,9 @@ def test_out_is_written_to():
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert jnp.isnan(out[0]).all() and (out[1] == 1).all()
     memory = [a.unsafe_buffer_pointer() for a in out]
-    found = jax.jit(lambda x, out: pj.gae(**x, out=out), donate_argnums=1)(x, out)
+    program = jax.jit(lambda x, out: pj.gae(**x, out=out), donate_argnums=1).lower(x, out).compile()
+    assert " copy(" not in program.as_text()
+    found = program(x, out)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert [a.unsafe_buffer_pointer() for a in found] == memory and out[0].is_deleted()
 
@@ -361,15 +363,16 @@ def test_normal_ppo_loss(data):
     both_losses("normal_ppo_loss", inputs, s.stored, s.config, **rest)
 
 
+@pytest.mark.parametrize("denominator", [None, 7.0, torch.tensor(7.0)], ids=["none", "number", "array"])
 @pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum"])
-def test_packed_sequences(reduction):
+def test_packed_sequences(reduction, denominator):
     config = pf.LossConfig(reduction=reduction)
     x = {
         k: log_probs((23,), torch.Generator().manual_seed(i), torch.float32) for i, k in enumerate(("log_prob", "old"))
     }
     stored = {"old_log_prob": x["old"], "advantages": torch.randn(23), "mask": torch.rand(23) < 0.7}
     borders = torch.tensor([0, 4, 4, 15, 23])
-    both_losses("ppo_loss", {"log_prob": x["log_prob"]}, stored, config, cu_seqlens=borders)
+    both_losses("ppo_loss", {"log_prob": x["log_prob"]}, stored, config, cu_seqlens=borders, denominator=denominator)
 
 
 def batch(n=12):
@@ -457,6 +460,13 @@ def test_threads_of_python_and_of_xla():
     with ThreadPoolExecutor(6) as pool:
         for found in pool.map(lambda _: program(x), range(40)):
             jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_nothing_is_read_before_every_block_is_done():
+    """Long blocks on XLA's threads, and a sum over them that follows at once."""
+    alpha, actions = jnp.full((6000, 4), 1.5, jnp.float32), jnp.full((6000, 4), 0.3, jnp.float32)
+    program = jax.jit(lambda a, x: pj.beta_log_prob(a, a, x)[0].min() + pj.beta_log_prob(a, x, x)[0].min())
+    assert len({float(program(alpha, actions)) for _ in range(30)}) == 1
 
 
 def test_configs_are_static():

@@ -188,6 +188,7 @@ def test_a_plan_of_another_build_is_refused():
         plan[:-1],
         np.array([*plan[:1], 9999, *plan[2:]]),
         np.array([99, *plan[1:]]),
+        np.array([plan[0], plan[1] + 1, *plan[2:], 0]),  # a struct that is one word longer
         np.zeros(0, np.int64),
     ]
     for words in wrong:

@@ -89,8 +89,8 @@ def _run(
         return (loss, stats), grads
 
     def backward(grads, needed, cotangents):
-        g = cotangents[0]  # None: of the statistics alone, which are constants
-        return [jnp.zeros_like(x) if g is None else (x.astype(g.dtype) * g).astype(x.dtype) for x in grads]
+        g = cotangents[0]  # of the statistics, which are constants, there is none
+        return [(x.astype(g.dtype) * g).astype(x.dtype) for x in grads]
 
     loss, stats = with_gradient(tuple(inputs.values()), {**extra, **rollout}, forward, backward)
     return PPOLoss(loss, Stats(jax.lax.stop_gradient(stats)))
