@@ -84,7 +84,26 @@ class Call:
         call = jax.ffi.ffi_call(
             f"ppo_fast.{self.op}", self.results, vmap_method="sequential", input_output_aliases=self.aliases
         )
-        return [*call(*self.inputs, plan=np.frombuffer(written[0], dtype=np.int64))]
+        axes = varying(self.inputs)
+        return over(axes, [*call(*over(axes, self.inputs), plan=np.frombuffer(written[0], dtype=np.int64))])
+
+
+def varying(arrays: Any) -> frozenset:
+    """The axes of an enclosing shard_map over which one of them varies."""
+    types = map(jax.typeof, jax.tree.leaves(arrays))
+    return frozenset().union(*(x.mat.varying if hasattr(x, "mat") else getattr(x, "vma", ()) for x in types))
+
+
+def over(axes: frozenset, arrays: Any) -> Any:
+    """The same, varying over all of `axes`."""
+
+    def one(x):
+        missing = tuple(axes - varying(x))
+        if not missing:
+            return x
+        return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+
+    return jax.tree.map(one, arrays) if axes else arrays
 
 
 def compute_dtype(*inputs: Any) -> Any:
@@ -119,6 +138,8 @@ def with_gradient(inputs: tuple, constants: Any, forward: Callable, backward: Ca
         return tuple(next(found) if n and not nothing else None for n in needed), None
 
     function.defvjp(fwd, bwd, symbolic_zeros=True)
+    # all alike under shard_map, so that a gradient is of its input's kind
+    inputs, constants = over(varying((inputs, constants)), (inputs, constants))
     return function(inputs, constants)
 
 
