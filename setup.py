@@ -116,7 +116,10 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build), "--target", ext.name.rpartition(".")[2]], check=True)
-        print(f"ppo_fast: built {target.name} ({target.stat().st_size // 1024} KiB); CUDA: {why}; XLA: {xla()[1]}", flush=True)
+        print(
+            f"ppo_fast: built {target.name} ({target.stat().st_size // 1024} KiB); CUDA: {why}; XLA: {xla()[1]}",
+            flush=True,
+        )
 
 
 #: Top-level folders that are installed as parts of the package.
