@@ -213,6 +213,10 @@ OLD_JAX = "import jax; jax.__version_info__, jax.__version__ = (0, 4, 38), '0.4.
     [
         (NO_MODULE.format(hidden="jax"), 'ppo_fast.jax needs jax: pip install "ppo_fast[jax]"'),
         (OLD_JAX, "ppo_fast.jax needs jax >= 0.6, got 0.4.38: pip install --upgrade jax"),
+        (
+            "import ppo_fast._C_xla as x; x.FFI = (9, 9)",
+            "ppo_fast.jax: this ppo_fast was built for a newer jaxlib (FFI (9, 9))",
+        ),
         (NO_MODULE.format(hidden="ppo_fast._C_xla"), "ppo_fast.jax: this ppo_fast was built without its part for XLA"),
         (NO_MODULE.format(hidden="ppo_fast._C"), "ppo_fast.jax: this ppo_fast was built without its part for XLA"),
     ],

@@ -149,6 +149,7 @@ PYBIND11_MODULE(_C_xla, m) {
   PF_OPS(X)
 #undef X
   m.attr("OPS") = names;
+  m.attr("FFI") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);  // jaxlib's must not be older
   m.def("handler",
         [](const std::string& platform, const py::capsule& kernels) {
     const bool on_cpu = platform == "cpu";

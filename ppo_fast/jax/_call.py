@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 try:
@@ -34,6 +36,13 @@ def _load() -> Any:
             f"ppo_fast.jax: this ppo_fast was built without its part for XLA ({error}); it is built where jax is installed: "
             "pip install --force-reinstall --no-deps --no-cache-dir ppo_fast"
         ) from None
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    found = tuple(int(x) for x in re.findall(r"#define XLA_FFI_API_M\w+ (\d+)", header.read_text()))
+    if found < plans.FFI:  # XLA takes handlers of its past, not of its future
+        raise ImportError(
+            f"ppo_fast.jax: this ppo_fast was built for a newer jaxlib (FFI {plans.FFI}) than {jax.lib.__version__} (FFI "
+            f"{found}): pip install --upgrade jax, or build ppo_fast anew"
+        )
     with contextlib.suppress(ImportError, AttributeError):  # not built, or by an older release
         kernels["CUDA"] = importlib.import_module("ppo_fast._C_cuda")._KERNELS
     for platform, table in kernels.items():
@@ -90,7 +99,7 @@ class Call:
 
 def varying(arrays: Any) -> frozenset:
     """The axes of an enclosing shard_map over which one of them varies."""
-    types = map(jax.typeof, jax.tree.leaves(arrays))
+    types = map(getattr(jax, "typeof", lambda x: x.aval), jax.tree.leaves(arrays))
     return frozenset().union(*(x.mat.varying if hasattr(x, "mat") else getattr(x, "vma", ()) for x in types))
 
 
