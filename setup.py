@@ -1,4 +1,5 @@
-"""Builds ppo_fast._C, and ppo_fast._C_cuda where there are CUDA sources and nvcc, with CMake and ninja.
+"""Builds ppo_fast._C, ppo_fast._C_cuda where there are CUDA sources and nvcc, and ppo_fast._C_xla where there are jaxlib's
+headers, with CMake and ninja.
 
 Needs a C++20 compiler and the build dependencies of pyproject.toml, never torch. Variables: docs/environment.md.
 """
@@ -8,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -72,6 +74,26 @@ def architectures() -> str:
     return os.environ.get("PPO_FAST_CUDA_ARCHITECTURES", "").replace(",", ";").replace(" ", "")
 
 
+def xla() -> tuple[str, str]:
+    """(folder that holds xla/ffi/api/ffi.h or "", the reason), from PPO_FAST_XLA and PPO_FAST_XLA_INCLUDE; else that of the
+    jaxlib in the environment that is installed into, which pip's isolated builds do not import from."""
+    word, given = os.environ.get("PPO_FAST_XLA", ""), os.environ.get("PPO_FAST_XLA_INCLUDE", "")
+    if word not in ("", "0", "1"):
+        raise SystemExit(f"ppo_fast: PPO_FAST_XLA must be 0, 1 or unset, got {word!r}")
+    if word == "0":
+        return "", "switched off by PPO_FAST_XLA=0"
+    spec = importlib.util.find_spec("jaxlib")
+    folders = [Path(x) for x in (spec.submodule_search_locations or [] if spec else [])]
+    folders += [Path(sysconfig.get_path(name)) / "jaxlib" for name in ("purelib", "platlib")]
+    for include in [Path(given).resolve()] if given else [folder / "include" for folder in folders]:
+        if (include / "xla" / "ffi" / "api" / "ffi.h").exists():
+            return str(include), f"built with {include}"
+    missing = f"no xla/ffi/api/ffi.h in {given}" if given else "no jaxlib installed"
+    if word == "1" or given:
+        raise SystemExit(f"ppo_fast: PPO_FAST_XLA{'_INCLUDE' if given else ''}={given or word}, but {missing}")
+    return "", missing
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -86,6 +108,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('PPO_FAST_BUILD_TYPE', 'Release')}",
             f"-DPPO_FAST_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DXLA_INCLUDE_DIR={xla()[0]}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}"] if nvcc and architectures() else []),
         ]  # fmt: skip
@@ -93,7 +116,10 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build), "--target", ext.name.rpartition(".")[2]], check=True)
-        print(f"ppo_fast: built {target.name} ({target.stat().st_size // 1024} KiB); CUDA: {why}", flush=True)
+        print(
+            f"ppo_fast: built {target.name} ({target.stat().st_size // 1024} KiB); CUDA: {why}; XLA: {xla()[1]}",
+            flush=True,
+        )
 
 
 #: Top-level folders that are installed as parts of the package.
@@ -105,7 +131,7 @@ PARTS = {
 packages = find_packages(str(ROOT), include=["ppo_fast", "ppo_fast.*"])
 for package, folder in PARTS.items():
     packages += [package, *(f"{package}.{name}" for name in find_packages(str(ROOT / folder)))]
-extensions = ["ppo_fast._C", *(["ppo_fast._C_cuda"] if cuda()[0] else [])]
+extensions = ["ppo_fast._C", *(["ppo_fast._C_cuda"] if cuda()[0] else []), *(["ppo_fast._C_xla"] if xla()[0] else [])]
 setup(
     packages=packages,
     package_dir=PARTS,

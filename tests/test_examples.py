@@ -20,6 +20,7 @@ SAYS = {
     "data_parallel": "rank 1: the gradient of the whole batch",
     "drop_in_loss": "loss, approx_kl and all gradients agree",
     "first_ppo": "stopped after 20 episodes",
+    "jax_cartpole": "episodes: 500.0, solved",
     "language_loss": "gradients of hidden states and head agree",
     "micro_batches": "pieces of 8: the same gradient",
     "recommend": "popularity      click-through of the last 1 iterations",
@@ -39,7 +40,10 @@ def run(name, folder, flags=()):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", SAYS)
+LEARNS = {"jax_cartpole"}  # to a goal
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LEARNS else ()) for x in SAYS])
 def test_example(name, tmp_path):
     assert SAYS[name] in run(name, tmp_path, SHORT.get(name, ()))
 
@@ -73,4 +77,5 @@ def test_the_recommender_shows_nothing_twice_and_scores_a_slate_as_its_slots():
 def test_every_example_is_run_and_named_in_the_docs():
     assert set(EXAMPLES) - set(SAYS) == {"cleanrl_ppo"}  # tests/integrations/test_cleanrl.py
     linked = set(re.findall(r"\]\(\.\./examples/(\w+)\.py\)", (ROOT / "docs/embedding.md").read_text()))
+    linked |= set(re.findall(r"\]\(\.\./examples/(\w+)\.py\)", (ROOT / "docs/jax.md").read_text()))
     assert set(EXAMPLES) - linked == {"train_your_own"}  # README

@@ -1,5 +1,5 @@
-// A call of an op as the bindings see it, on the CPU or (PF_CUDA) on an NVIDIA GPU: where its tensors must lie, what
-// its kernel is given to run with, and how what went wrong is said.
+// A call of an op as the bindings see it, on the CPU, (PF_CUDA) on an NVIDIA GPU, or (PF_PLAN) written down for later:
+// where its tensors must lie, what its kernel is given to run with, and how what went wrong is said.
 #pragma once
 #include <dlpack/dlpack.h>
 #include <pybind11/pybind11.h>
@@ -14,7 +14,12 @@
 #ifndef PF_SIMT
 #define PF_SIMT 0
 #endif
-#if PF_CUDA
+#ifndef PF_PLAN
+#define PF_PLAN 0
+#endif
+#if PF_PLAN
+#include "plan.h"
+#elif PF_CUDA
 #include "../cuda/dispatch.h"
 #else
 #include "../cpu/dispatch.h"
@@ -39,7 +44,26 @@ struct Op {
   explicit Op(const char* name) : name(name) {}
 };
 
-#if !PF_CUDA
+#if PF_PLAN
+
+constexpr bool kOnGpu = true;  // or will be: nobody knows yet what the tensors hold
+using Resources = py::list;    // where the plan goes
+
+class Labels {
+ public:
+  Labels(const Op&, const char*) {}
+  Offence* at() const { return nullptr; }  // whoever runs the plan has a place for it
+  bool refused() const { return false; }
+  Offence found() const { return {}; }
+};
+
+template <class Args>
+void run(const Op&, int64_t, const Args& args, Resources& plans, const Planned<Args>* op) {
+  const std::vector<int64_t> words = plan_of(*op, args);
+  plans.append(py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t)));
+}
+
+#elif !PF_CUDA
 
 constexpr bool kOnGpu = false;
 constexpr DLDeviceType kDeviceType = kDLCPU;

@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "ops.h"
+#include "run_given.h"
 
 namespace py = pybind11;
 
@@ -10,6 +11,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of ppo_fast.";
 
   bind_ops(m);
+  m.attr("_KERNELS") = py::capsule(&kKernels[0], "ppo_fast.kernels");  // for _C_xla
 
   const char* wanted = std::getenv("PPO_FAST_CPU");
   if (!pf::set_isa(wanted)) {

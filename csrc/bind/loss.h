@@ -94,12 +94,17 @@ struct LossInputs {
   }
 
   static void check_range(const Tensor& labels, int64_t bound, const char* what) {
-    const Stream s = labels.stream();
-    const int64_t n = labels.numel();
+    const Offence o = first_outside(labels.stream(), labels.numel(), bound);
+    if (o.where >= 0) labels.fail(text("be in [0, ", bound, "), the ", what, ", got ", o.value, " at ", o.where));
+  }
+
+  // The first of n labels, which lie on the CPU, that is not in [0, bound).
+  static Offence first_outside(const Stream& labels, int64_t n, int64_t bound) {
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t x = integer_at(s, i);
-      if (x < 0 || x >= bound) labels.fail(text("be in [0, ", bound, "), the ", what, ", got ", x, " at ", i));
+      const int64_t x = integer_at(labels, i);
+      if (x < 0 || x >= bound) return {i, x};
     }
+    return {};
   }
 
  private:

@@ -8,6 +8,16 @@
 
 namespace pf::bind {
 
+// What is wrong with the borders of packed sequences, which lie on the CPU; empty: nothing.
+inline std::string complaint_of_bounds(const ScanArgs& args) {
+  const int64_t *first = args.bounds, *end = first + args.columns + 1;
+  if (first[0] != 0 || end[-1] != args.steps) {
+    return text("go from 0 to M = ", args.steps, ", got ", first[0], " to ", end[-1]);
+  }
+  const int64_t* drop = std::is_sorted_until(first, end);
+  return drop == end ? "" : text("not decrease, got ", drop[-1], " before ", drop[0]);
+}
+
 class ScanInputs {
  public:
   ScanArgs args{};
@@ -145,10 +155,7 @@ class ScanInputs {
     return {t.data() ? t.data() : &kNothing, t.dtype(), 0, t.ndim() == 0 ? 0 : t.stride(0)};
   }
 
-  static bool is_number(py::handle x) {
-    return PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr()) ||
-           (!exchange_api(Py_TYPE(x.ptr())) && !py::hasattr(x, "__dlpack__"));
-  }
+  static bool is_number(py::handle x) { return PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr()) || !is_tensor(x); }
 
   double number(const char* name, py::handle object) const {
     const double x = PyFloat_AsDouble(object.ptr());
@@ -180,12 +187,8 @@ class ScanInputs {
     const Grid g{t.data(), t.dtype(), 0, t.stride(0)};
     bounds_.resize(t.size(0));
     for (size_t i = 0; i < bounds_.size(); ++i) bounds_[i] = integer(g, i);
-    if (bounds_.front() != 0 || bounds_.back() != args.steps) {
-      t.fail(text("go from 0 to M = ", args.steps, ", got ", bounds_.front(), " to ", bounds_.back()));
-    }
-    const auto drop = std::is_sorted_until(bounds_.begin(), bounds_.end());
-    if (drop != bounds_.end()) t.fail(text("not decrease, got ", drop[-1], " before ", drop[0]));
     args.bounds = bounds_.data();
+    if (const std::string what = complaint_of_bounds(args); !what.empty()) t.fail(what);
   }
 
   void sparse(py::handle pair) {

@@ -4,10 +4,24 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <vector>
 
 #include "call.h"
 
 namespace pf::bind {
+
+#if PF_PLAN
+
+// What stands for a tensor in a plan: contiguous, of a shape and a dtype; its data are buffer number `index`.
+struct Buffer {
+  std::vector<int64_t> shape;
+  std::string dtype;
+  int64_t index;
+};
+
+inline bool is_tensor(py::handle x) { return py::isinstance<Buffer>(x); }
+
+#else
 
 // The C exchange API of an object's type (torch >= 2.10), or nullptr. Looked up once per type.
 inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
@@ -34,10 +48,28 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   return api;
 }
 
+inline bool is_tensor(py::handle x) { return exchange_api(Py_TYPE(x.ptr())) || py::hasattr(x, "__dlpack__"); }
+
+#endif
+
+constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16", "int64",
+                                       "int32",   "int16",   "int8",     "uint8",   "bool"};
+
 class Tensor {
  public:
   Tensor(const Op& op, const char* name, py::handle object) : op_(op.name), name_(name) {
     if (object.is_none()) return;
+#if PF_PLAN
+    if (!is_tensor(object)) {
+      throw py::type_error(text(op_, ": ", name, " must be an array, got ", Py_TYPE(object.ptr())->tp_name));
+    }
+    auto& buffer = object.cast<Buffer&>();
+    t_.data = tagged(buffer.index);
+    t_.ndim = static_cast<int32_t>(buffer.shape.size());
+    t_.shape = buffer.shape.data();
+    dtype_ = dtype_of(buffer.dtype);
+    present_ = true;
+#else
     const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object.ptr()));
     if (api) {
       if (api->dltensor_from_py_object_no_sync(object.ptr(), &t_) != 0) throw py::error_already_set();
@@ -66,6 +98,7 @@ class Tensor {
       throw py::type_error(text(op_, ": ", name, " must have storage, got a tensor without data (fake or meta)"));
     }
     dtype_ = dtype_of_view();
+#endif
   }
 
   explicit operator bool() const { return present_; }
@@ -194,6 +227,13 @@ class Tensor {
  private:
   static constexpr char kNothing = 0;
 
+#if PF_PLAN
+  DType dtype_of(const std::string& dtype) const {
+    for (int i = 0; i <= static_cast<int>(DType::boolean); ++i)
+      if (dtype == kDTypeNames[i]) return static_cast<DType>(i);
+    throw py::type_error(text(op_, ": ", name_, " has a dtype that no kernel takes, ", dtype));
+  }
+#else
   // Torch's neg bit does not travel through DLPack. What carries it is an imaginary part: no step of it is odd.
   bool may_be_negated() const {
     for (int d = 0; d < t_.ndim; ++d)
@@ -218,10 +258,9 @@ class Tensor {
     throw py::type_error(text(op_, ": ", name_, " has a dtype that no kernel takes (DLPack code ", int(d.code),
                               ", bits ", int(d.bits), ")"));
   }
+#endif
   [[noreturn]] void fail_type(const char* wanted) const {
-    static const char* names[] = {"float32", "float64", "bfloat16", "float16", "int64",
-                                  "int32",   "int16",   "int8",     "uint8",   "bool"};
-    throw py::type_error(text(op_, ": ", name_, " must be ", wanted, ", got ", names[static_cast<int>(dtype_)]));
+    throw py::type_error(text(op_, ": ", name_, " must be ", wanted, ", got ", kDTypeNames[static_cast<int>(dtype_)]));
   }
   [[noreturn]] void fail_shape(const char* like, const std::string& wanted) const {
     throw py::value_error(text(op_, ": ", name_, " must be ", like, " = ", wanted, ", got ", shape_text()));
