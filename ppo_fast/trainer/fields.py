@@ -20,6 +20,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` for anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable config file, got {one_line(error)}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: expected JSON, got {one_line(error)}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
 class RunFields:
     """What the configurations of all trainers share; a subclass is a frozen dataclass with at least these fields."""
 
@@ -39,6 +52,11 @@ class RunFields:
     @property
     def folder(self) -> Path:
         raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """What a checkpoint says it is of."""
+        return self.FORMAT.partition("/")[0]
 
     def check_fields(self) -> None:
         """Raises `UserError` for the first field that is out of range."""
@@ -86,14 +104,7 @@ class RunFields:
     @classmethod
     def load_fields(cls, path: Path) -> dict[str, Any]:
         """The fields that a config file sets; it may leave out any."""
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: expected a readable config file, got {one_line(error)}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: expected JSON, got {one_line(error)}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+        fields = read_json(path)
         written = fields.pop("format", cls.FORMAT)
         if written != cls.FORMAT:
             raise UserError(f"{path}: expected format {cls.FORMAT!r}, got {written!r}")
