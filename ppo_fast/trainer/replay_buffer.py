@@ -36,7 +36,7 @@ class ReplayBuffer:
 
     def add(self, new: Transitions) -> None:
         """At most `size` transitions, over the oldest ones."""
-        parts = (x.reshape(len(new.obs), -1) for x in new)
+        parts = (x.reshape(len(x), width) for x, width in zip(new, self.widths, strict=True))
         index = torch.arange(self.added, self.added + len(new.obs)) % len(self.rows)
         self.rows[upload(index, self.rows.device)] = upload(torch.cat([*parts], 1), self.rows.device)
         self.added += len(new.obs)
