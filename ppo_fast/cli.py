@@ -38,14 +38,14 @@ def _option(args: Sequence[str], name: str) -> str | None:
     return value
 
 
-def _parse(kind: Any, args: Sequence[str], prog: str, default: Any) -> Any:
+def _parse(kind: Any, args: Sequence[str], prog: str, default: Any, **options: Any) -> Any:
     """The dataclass `kind` from flags; tyro's boxed complaint becomes one line."""
     import tyro
 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=prog, args=list(args), default=default)
+            return tyro.cli(kind, prog=prog, args=list(args), default=default, **options)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
@@ -152,6 +152,27 @@ def train_language(args: Sequence[str]) -> int:
     return 0 if train(config).finished else 130
 
 
+def _tune(args: Sequence[str], trainer: str, parse: Callable[[Sequence[str]], Any]) -> int:
+    from .tune import TuneConfig, run
+
+    prog = f"{PROG} tune {trainer}"
+    config, rest = _parse(TuneConfig, args, prog, TuneConfig(), return_unknown_args=True)
+    for name in ("--run-dir", "--resume"):
+        if any(arg.partition("=")[0].replace("_", "-") == name for arg in rest):
+            raise UsageError(f"{name}: expected --study FOLDER, where a study goes on by itself, got {name}")
+    return run(config, parse(rest))
+
+
+def tune_control(args: Sequence[str]) -> int:
+    """Search hyperparameters of train control."""
+    return _tune(args, "control", _control_config)
+
+
+def tune_language(args: Sequence[str]) -> int:
+    """Search hyperparameters of train language."""
+    return _tune(args, "language", _language_config)
+
+
 def plot(args: Sequence[str]) -> int:
     """Draw the learning curves of several runs in one picture."""
     from .trainer.plot import PlotConfig, run
@@ -202,6 +223,8 @@ def doctor(args: Sequence[str]) -> int:
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("train", "control"): train_control,
     ("train", "language"): train_language,
+    ("tune", "control"): tune_control,
+    ("tune", "language"): tune_language,
     ("plot",): plot,
     ("bench",): bench,
     ("doctor",): doctor,
