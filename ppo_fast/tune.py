@@ -7,6 +7,7 @@ study was killed, is run again when the study goes on.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import multiprocessing
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 from .trainer import trial as worker
 from .trainer.errors import UserError, one_line
-from .trainer.rundir import RunDir
+from .trainer.rundir import LOCK, RunDir
 from .trainer.search import parse
 from .trainer.study import Study, TuneConfig, optuna_quietly, value_of
 
@@ -32,13 +33,14 @@ class Running:
     trial: Any
     process: Any
     started: float
+    report: tuple[int, float] = (0, float("nan"))  # the latest: point, value
 
 
 class Pool:
     """Trials side by side."""
 
-    def __init__(self, study: Study, say: Any) -> None:
-        self.study, self.say = study, say
+    def __init__(self, study: Study, say: Any, status: Any) -> None:
+        self.study, self.say, self.status = study, say, status
         methods = multiprocessing.get_all_start_methods()
         # never fork: torch's threads do not survive it
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -84,10 +86,10 @@ class Pool:
         try:
             kind, *content = ready.recv()
             if kind == "report":
-                step, value = content
+                running.report = step, value = content[0], content[1]
                 trial.report(value, step)
                 ready.send(not trial.should_prune())
-                return
+                return self._show()
         except (EOFError, OSError):
             running.process.join()
             kind, content = "failed", [f"its process ended with exit code {running.process.exitcode}"]
@@ -100,6 +102,15 @@ class Pool:
             self._end(running)
         else:
             self._end(running, error=content[0])
+
+    def _show(self) -> None:
+        points = worker.POINTS * self.study.config.seeds
+        self.status.update(
+            "  ".join(
+                f"trial {r.trial.number}: {100 * r.report[0] // points} %, {r.report[1]:.4g}"
+                for r in self.running.values()
+            )
+        )
 
     def _end(self, running: Running, values: list[float] | None = None, error: str | None = None) -> None:
         study, trial, states = self.study, running.trial, self.study.optuna.trial.TrialState
@@ -197,13 +208,19 @@ def run(config: TuneConfig, base: Any, console: Any = None) -> int:
                 raise UserError(
                     f"--search {dim.name}={dim.text}: expected values a,b,c for --sampler grid, got a range"
                 )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('matplotlib is not installed: pip install "ppo_fast[tune]"')
     folder = Path(config.study) if config.study else Path("runs") / f"tune-{base.folder.name}"
     with optuna_quietly() as optuna:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "study.db").exists() and any(p.name != LOCK for p in folder.iterdir()):
+                raise UserError(
+                    f"--study: expected the folder of a study or a new one, got {folder}, which holds something else"
+                )
             with RunDir(folder, flag="--study") as owned:
                 return _run(Study(optuna, config, base, space, owned), console, say)
-        except OSError as error:
+        except (OSError, optuna.exceptions.StorageInternalError) as error:
             raise UserError(
                 f"--study: expected a folder that can be written, got {folder} ({one_line(error)})"
             ) from None
@@ -215,7 +232,8 @@ def _run(study: Study, console: Any, say: Any) -> int:
     if study.trials:
         say(f"{folder} has {len(study.trials)} of {study.wanted} trials")
     try:
-        finished = Pool(study, say).run()
+        with console.status("") as status:  # moves on a terminal only
+            finished = Pool(study, say, status).run()
     finally:
         shutil.rmtree(leftovers, ignore_errors=True)
     study.write()
@@ -226,7 +244,7 @@ def _run(study: Study, console: Any, say: Any) -> int:
         say(f"stopped after {len(study.trials)} of {study.wanted} trials; the same command goes on")
         return 130
     if study.best is None:
-        errors = [t.user_attrs["error"] for t in study.trials if "error" in t.user_attrs]
+        errors = [r["error"] or r["state"] for r in study.rows()]
         raise UserError(
             f"--search: expected a trial that completes, got {len(study.trials)} without; the last: {errors[-1]}"
         )
