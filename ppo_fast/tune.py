@@ -105,11 +105,9 @@ class Pool:
 
     def _show(self) -> None:
         points = worker.POINTS * self.study.config.seeds
+        reports = [(r.trial.number, *r.report) for r in self.running.values()]
         self.status.update(
-            "  ".join(
-                f"trial {r.trial.number}: {100 * r.report[0] // points} %, {r.report[1]:.4g}"
-                for r in self.running.values()
-            )
+            "  ".join(f"trial {n}: {100 * point // points} %, {value:.4g}" for n, point, value in reports)
         )
 
     def _end(self, running: Running, values: list[float] | None = None, error: str | None = None) -> None:

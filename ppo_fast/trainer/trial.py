@@ -51,6 +51,8 @@ class Reporter:
         self.name, self.value, self.point = objective(config), math.nan, 0
 
     def __call__(self, row: dict[str, Any]) -> None:
+        if self.connection.poll():  # nothing was asked, so the study is gone: nobody waits for this trial
+            raise EOFError
         if not math.isnan(row[self.name]):  # not every iteration is evaluated
             self.value = float(row[self.name])
         config = self.config
@@ -63,7 +65,7 @@ class Reporter:
         self.point = point
         values = [*self.finished, self.value]
         self.connection.send(("report", len(self.finished) * POINTS + point, sum(values) / len(values)))
-        if not self.connection.recv():  # EOFError where the study is gone: nobody waits for this trial
+        if not self.connection.recv():
             raise Pruned
 
 
