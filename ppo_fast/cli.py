@@ -91,7 +91,7 @@ def _defaults(args: Sequence[str]) -> Any:
         raise UsageError(f"{file}: expected env_id to be text, got {env_id!r}")
     if env_id != fields.get("env_id", env_id):
         raise UsageError(f"--env-id: expected {fields['env_id']} as in {file}, got {env_id}")
-    return kind.from_dict({**presets.get(env_id, {}), **fields, "env_id": env_id}, str(file))
+    return kind.from_dict({**presets.get(env_id, {}), **fields, "env_id": env_id}, str(file or "preset"))
 
 
 def _without_config(args: Sequence[str]) -> list[str]:

@@ -363,6 +363,20 @@ def test_how_often_is_logged_changes_nothing_that_is_learned():
     assert_equal_states(ends[0], ends[2])
 
 
+def test_who_else_draws_from_the_global_generators_changes_nothing():
+    ends = []
+    for draws in (0, 7):
+        trainer = DDPGTrainer(DDPGConfig(**SMALL, noise="ou"), Push)
+        for _ in range(2):
+            torch.rand(draws), np.random.rand(draws)
+            trainer.iterate()
+        state = trainer.state_dict()
+        trainer.close()
+        del state["global_rng"]
+        ends.append(state)
+    assert_equal_states(*ends)
+
+
 def test_killed_and_resumed_is_as_if_never_killed(capsys, tmp_path):
     """Through the command line, which finds the algorithm in the folder."""
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "900", "--learning-starts", "200", "--hidden-sizes", "8"]
