@@ -18,8 +18,8 @@ class DDPGConfig(RunFields):
     """DDPG on gymnasium environments with Box actions: the baseline that PPO is compared with.
 
     The defaults are CleanRL's; `--env-id Pendulum-v1` has a preset, then comes `--config FILE`, then the flags that you
-    give, later wins. Lillicrap et al. 2015 have `--noise ou --policy-frequency 1 --tau 0.001 --batch-size 64
-    --actor-learning-rate 1e-4 --critic-learning-rate 1e-3`.
+    give, later wins. Lillicrap et al. 2015 have noise of the kind ou, tau 0.001, batches of 64, learning rates of 1e-4
+    for the actor and 1e-3 for the critic, and a policy frequency of 1.
     """
 
     FORMAT: ClassVar[str] = "ppo_fast.ddpg/1"
