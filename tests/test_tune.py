@@ -223,6 +223,8 @@ def test_a_grid_is_every_combination_once_and_failures_are_rows(capsys, tmp_path
     assert rows[-1] == failed[0] and "1 failed" in out
     code, out, _ = run(capsys, *TUNE, *grid, "--trials", "50")  # there are no more than four
     assert code == 0 and len(table()) == 4
+    study = optuna.load_study(study_name="ppo_fast", storage="sqlite:///s/study.db")
+    assert len(study.trials) == 4  # nor are any waiting
 
 
 def test_several_seeds_are_averaged(capsys, tmp_path):
