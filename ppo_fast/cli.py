@@ -38,14 +38,14 @@ def _option(args: Sequence[str], name: str) -> str | None:
     return value
 
 
-def _parse(kind: Any, args: Sequence[str], prog: str, default: Any) -> Any:
+def _parse(kind: Any, args: Sequence[str], prog: str, default: Any, **options: Any) -> Any:
     """The dataclass `kind` from flags; tyro's boxed complaint becomes one line."""
     import tyro
 
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=prog, args=list(args), default=default)
+            return tyro.cli(kind, prog=prog, args=list(args), default=default, **options)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
@@ -58,25 +58,40 @@ def _parse(kind: Any, args: Sequence[str], prog: str, default: Any) -> Any:
         raise UsageError(f"{' '.join(said)} ({prog} --help explains every flag)") from None
 
 
-def _defaults(args: Sequence[str]) -> Any:
-    """What flags are laid over: the config of the run to resume, else preset, then --config FILE."""
-    from .trainer.config import from_dict, load_fields
-    from .trainer.presets import PRESETS, preset
-
+def _file(args: Sequence[str]) -> Path | None:
+    """The config file to start from: --config FILE, else that of the run to resume."""
     run_dir, file = _option(args, "--run-dir"), _option(args, "--config")
-    fields: dict[str, Any] = {}
-    source = "--config"
-    if file is not None:
-        fields, source = load_fields(Path(file)), file
-    elif "--resume" in args and run_dir is not None and (Path(run_dir) / "config.json").exists():
-        source = str(Path(run_dir) / "config.json")
-        fields = load_fields(Path(source))
-    env_id = _option(args, "--env-id") or fields.get("env_id", "CartPole-v1")
+    if file is None and "--resume" in args and run_dir is not None and (Path(run_dir) / "config.json").exists():
+        file = str(Path(run_dir) / "config.json")
+    return None if file is None else Path(file)
+
+
+def _algorithms() -> dict[str, tuple[Any, dict[str, dict[str, Any]]]]:
+    """What --algorithm of `train control` stands for: configuration and presets."""
+    from .trainer import ddpg_config, presets
+    from .trainer.config import ControlConfig
+
+    return {"ppo": (ControlConfig, presets.PRESETS), "ddpg": (ddpg_config.DDPGConfig, ddpg_config.PRESETS)}
+
+
+def _defaults(args: Sequence[str]) -> Any:
+    """What flags are laid over: preset, then --config FILE or the config of the run to resume."""
+    from .trainer.fields import read_json
+
+    file, algorithms = _file(args), _algorithms()
+    algorithm = (
+        _option(args, "--algorithm") or (read_json(file).get("algorithm") if file is not None else None) or "ppo"
+    )
+    if algorithm not in algorithms:
+        raise UsageError(f"--algorithm: expected one of {', '.join(algorithms)}, got {algorithm}")
+    kind, presets = algorithms[algorithm]
+    fields = kind.load_fields(file) if file is not None else {}
+    env_id = _option(args, "--env-id") or fields.get("env_id", kind.env_id)
     if not isinstance(env_id, str):
-        raise UsageError(f"{source}: expected env_id to be text, got {env_id!r}")
+        raise UsageError(f"{file}: expected env_id to be text, got {env_id!r}")
     if env_id != fields.get("env_id", env_id):
-        raise UsageError(f"--env-id: expected {fields['env_id']} as in {source}, got {env_id}")
-    return from_dict({**PRESETS.get(env_id, {}), **fields, "env_id": env_id}, source) if fields else preset(env_id)
+        raise UsageError(f"--env-id: expected {fields['env_id']} as in {file}, got {env_id}")
+    return kind.from_dict({**presets.get(env_id, {}), **fields, "env_id": env_id}, str(file or "preset"))
 
 
 def _without_config(args: Sequence[str]) -> list[str]:
@@ -92,32 +107,29 @@ def _without_config(args: Sequence[str]) -> list[str]:
     return kept
 
 
-def train_control(args: Sequence[str]) -> int:
-    """Train PPO on a gymnasium environment."""
-    from .trainer.config import ControlConfig
-
+def _control_config(args: Sequence[str]) -> Any:
     default = _defaults(args)
-    config = _parse(ControlConfig, _without_config(args), f"{PROG} train control", default)
-    from .trainer.control import train
+    return _parse(type(default), _without_config(args), f"{PROG} train control", default)
 
+
+def train_control(args: Sequence[str]) -> int:
+    """Train PPO, or DDPG, on a gymnasium environment."""
+    config = _control_config(args)
+    from .trainer import control, ddpg
+
+    train = control.train if config.algorithm == "ppo" else ddpg.train
     return 0 if train(config).finished else 130
 
 
-def train_language(args: Sequence[str]) -> int:
-    """Train a causal language model with PPO, GRPO and their kin."""
+def _language_config(args: Sequence[str]) -> Any:
     import dataclasses
 
     import tyro
 
     from .trainer.language.config import GROUPS, LanguageConfig
 
-    run_dir, file, source = _option(args, "--run-dir"), _option(args, "--config"), "--config"
-    fields: dict[str, Any] = {}
-    if file is None and "--resume" in args and run_dir is not None and (Path(run_dir) / "config.json").exists():
-        file = str(Path(run_dir) / "config.json")
-    if file is not None:
-        fields, source = LanguageConfig.load_fields(Path(file)), file
-    default = LanguageConfig.from_dict(fields, source)
+    file = _file(args)
+    default = LanguageConfig.from_dict({} if file is None else LanguageConfig.load_fields(file), str(file))
     # one flat configuration, whose help comes in the groups that it is made of
     groups: list[Any] = []
     for group in GROUPS:
@@ -129,10 +141,43 @@ def train_language(args: Sequence[str]) -> int:
     kind.__doc__ = LanguageConfig.__doc__
     flat: Any = tyro.conf.OmitArgPrefixes
     parsed = _parse(flat[kind], _without_config(args), f"{PROG} train language", kind())
-    config = LanguageConfig(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+    return LanguageConfig(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+
+
+def train_language(args: Sequence[str]) -> int:
+    """Train a causal language model with PPO, GRPO and their kin."""
+    config = _language_config(args)
     from .trainer.language.run import train
 
     return 0 if train(config).finished else 130
+
+
+def _tune(args: Sequence[str], trainer: str, parse: Callable[[Sequence[str]], Any]) -> int:
+    from .tune import TuneConfig, run
+
+    prog = f"{PROG} tune {trainer}"
+    config, rest = _parse(TuneConfig, args, prog, TuneConfig(), return_unknown_args=True)
+    for name in ("--run-dir", "--resume"):
+        if any(arg.partition("=")[0].replace("_", "-") == name for arg in rest):
+            raise UsageError(f"{name}: expected --study FOLDER, where a study goes on by itself, got {name}")
+    return run(config, parse(rest))
+
+
+def tune_control(args: Sequence[str]) -> int:
+    """Search hyperparameters of train control."""
+    return _tune(args, "control", _control_config)
+
+
+def tune_language(args: Sequence[str]) -> int:
+    """Search hyperparameters of train language."""
+    return _tune(args, "language", _language_config)
+
+
+def plot(args: Sequence[str]) -> int:
+    """Draw the learning curves of several runs in one picture."""
+    from .trainer.plot import PlotConfig, run
+
+    return run(_parse(PlotConfig, args, f"{PROG} plot", PlotConfig()))
 
 
 def bench(args: Sequence[str]) -> int:
@@ -178,6 +223,9 @@ def doctor(args: Sequence[str]) -> int:
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("train", "control"): train_control,
     ("train", "language"): train_language,
+    ("tune", "control"): tune_control,
+    ("tune", "language"): tune_language,
+    ("plot",): plot,
     ("bench",): bench,
     ("doctor",): doctor,
 }

@@ -25,7 +25,8 @@ from ppo_fast.trainer import checkpoint
 from ppo_fast.trainer.errors import UserError
 from ppo_fast.trainer.language import LanguageConfig, train
 from ppo_fast.trainer.language import prompts as prompts_module
-from ppo_fast.trainer.language.run import KIND
+
+KIND = "ppo_fast.language"
 
 VARIANTS = [
     {"algorithm": "ppo", "kl_target": 0.01, "kl_horizon": 100.0, "epochs": 2, "anneal_lr": True},

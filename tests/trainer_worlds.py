@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -143,6 +145,14 @@ class Moody(Walk):
         return obs + np.float32(self.moods.normal()), *rest
 
 
+class Suicidal(Walk):
+    """Takes its process with it."""
+
+    def step(self, action):
+        os.kill(os.getpid(), 9)
+
+
+gym.register("Suicidal-v0", entry_point=Suicidal)
 gym.register("Walk-v0", entry_point=Walk)
 gym.register("BrokenRaise-v0", entry_point=lambda: Broken("raise"))
 gym.register("BrokenObservation-v0", entry_point=lambda: Broken("observation"))

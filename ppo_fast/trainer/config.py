@@ -49,6 +49,9 @@ class ControlConfig(RunFields):
     FORMAT: ClassVar[str] = "ppo_fast.control/1"
     BOUNDS: ClassVar[Bounds] = _BOUNDS
 
+    algorithm: Literal["ppo"] = "ppo"
+    """ppo, or ddpg, a baseline for Box actions that has flags of its own (--algorithm ddpg --help)."""
+
     env_id: str = "CartPole-v1"
     """Gymnasium environment id. "module:Id" imports the module that registers it first."""
 
@@ -192,6 +195,11 @@ class ControlConfig(RunFields):
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
+
+    @property
+    def planned_steps(self) -> int:
+        """Environment steps of the whole run."""
+        return self.num_iterations * self.batch_size
 
     @property
     def folder(self) -> Path:

@@ -37,7 +37,7 @@ from .recurrent import RecurrentActorCritic, RecurrentCollector, RecurrentLearne
 from .report import PROGRESS_COLUMNS, LiveProgress, Snapshot, Timing, summary
 from .rollout import Collector, Episode
 from .rundir import RunDir, claim
-from .session import Interrupt, Session, announce, load_checkpoint, need_packages, resume_command
+from .session import Interrupt, OnIteration, Session, announce, load_checkpoint, need_packages, resume_command
 from .spaces import ObservationCodec
 
 __all__ = ["PRESETS", "ControlConfig", "TrainResult", "UserError", "preset", "train"]
@@ -57,6 +57,8 @@ class TrainResult:
 
 class Trainer:
     """The state of a run and one iteration of it; no files, no output."""
+
+    COLUMNS: tuple[str, ...] = PROGRESS_COLUMNS
 
     def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
         self.config, self.device = config, find_device(config, config.cuda_graph)
@@ -87,10 +89,13 @@ class Trainer:
         self.collector = make_collector(config, envs, codec, policy, self.net, self.obs_normalizer, self.generator)
         self.learner = make_learner(config, policy, self.net, self.generator)
         self.now = Snapshot()
+        self._reset()
+
+    def _reset(self) -> None:
         try:
-            obs, info = envs.reset()
+            obs, info = self.envs.reset()
         except Exception as error:  # an environment may raise anything; it stays attached as the cause
-            raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
+            raise UserError(f"environment {self.config.env_id} failed to reset: {one_line(error)}") from error
         self.collector.begin(obs, info)
 
     def _clock(self) -> float:
@@ -126,7 +131,7 @@ class Trainer:
             global_step=now.global_step, iteration=now.iteration, episodes=now.episodes, mean_return=now.mean_return,
             learning_rate=learning_rate, steps_per_second=config.batch_size / (updated - start),
         )  # fmt: skip
-        return episodes, {name: named[name] for name in PROGRESS_COLUMNS}
+        return episodes, {name: named[name] for name in self.COLUMNS}
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: later training does not change it."""
@@ -167,7 +172,7 @@ class Trainer:
         self.envs.close()
 
 
-def _loop(session: Session, console: Console) -> bool:
+def _loop(session: Session, console: Console, on_iteration: OnIteration | None) -> bool:
     """Iterations until the end, or until Ctrl-C; whether the run is finished."""
     trainer, config = session.trainer, session.config
     live = LiveProgress(config, console)
@@ -178,6 +183,8 @@ def _loop(session: Session, console: Console) -> bool:
                 start = time.perf_counter()
                 session.log(episodes, row)
                 live.update(trainer.now, row)
+                if on_iteration is not None:
+                    on_iteration(row)
                 if interrupt.requested:
                     session.save()
                     return trainer.now.iteration == config.num_iterations
@@ -188,12 +195,20 @@ def _loop(session: Session, console: Console) -> bool:
     return True
 
 
-def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Console | None = None) -> TrainResult:
-    """Trains as `config` says and leaves checkpoint, logs and plot in its folder.
+def train(
+    config: Any,
+    *,
+    make_env: MakeEnv | None = None,
+    console: Console | None = None,
+    trainer: type[Trainer] = Trainer,
+    on_iteration: OnIteration | None = None,
+) -> TrainResult:
+    """Trains as `config`, a `ControlConfig`, says and leaves checkpoint, logs and plot in its folder.
 
     `make_env` makes one environment and replaces `config.env_id`. Raises `UserError` for wrong input, for an
     environment that fails, and for a folder that cannot be written; what was written before stays whole. Seeds the
-    global generators of Python, numpy and torch, for environments that draw from them.
+    global generators of Python, numpy and torch, for environments that draw from them. `on_iteration` gets the row of
+    progress.csv of each iteration, and ends the run by what it raises.
     """
     console = Console() if console is None else console
     threads = torch.get_num_threads()
@@ -204,31 +219,43 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
             # a failing worker's traceback, printed by gymnasium; its error reaches us as an exception as well
             warnings.filterwarnings("ignore", r"(?s).*ERROR: ", UserWarning, "gymnasium")
-            return _train(config, make_env, console)
+            return _train(config, make_env, console, trainer, on_iteration)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console) -> TrainResult:
+def _train(
+    config: Any,
+    make_env: MakeEnv | None,
+    console: Console,
+    kind: type[Trainer],
+    on_iteration: OnIteration | None,
+) -> TrainResult:
     need_packages(config, "control")
     state, device = load_checkpoint(config), find_device(config, config.cuda_graph)
     current = torch.cuda.device(-1 if device.type == "cpu" else device)  # -1: leaves it
     # before the folder, so that a mistake found here leaves no trace
-    with current, contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
+    with current, contextlib.closing(kind(config, make_env)) as trainer, claim(config) as run:
         try:
-            return _train_in(run, trainer, state, console)
+            return _train_in(run, trainer, state, console, on_iteration)
         except OSError as error:
             raise UserError(f"--run-dir: {run.path} cannot be written ({one_line(error)})") from error
 
 
-def _train_in(run: RunDir, trainer: Trainer, state: dict[str, Any] | None, console: Console) -> TrainResult:
+def _train_in(
+    run: RunDir,
+    trainer: Trainer,
+    state: dict[str, Any] | None,
+    console: Console,
+    on_iteration: OnIteration | None,
+) -> TrainResult:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     announce(run, trainer.config, state, say, "control")
     session = Session(trainer, run, state, say)
     with contextlib.closing(session):
-        finished = _loop(session, console)
+        finished = _loop(session, console, on_iteration)
         files = session.finish() if finished else []
     now = trainer.now
     if finished:

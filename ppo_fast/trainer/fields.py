@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,24 @@ Bounds = dict[str, tuple[float, float, bool]]
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+@functools.cache
+def _hints(config: Any) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` for anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable config file, got {one_line(error)}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: expected JSON, got {one_line(error)}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 class RunFields:
@@ -40,19 +59,35 @@ class RunFields:
     def folder(self) -> Path:
         raise NotImplementedError
 
+    @property
+    def kind(self) -> str:
+        """What a checkpoint says it is of."""
+        return self.FORMAT.partition("/")[0]
+
     def check_fields(self) -> None:
         """Raises `UserError` for the first field that is out of range."""
-        hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            name, hint, value = field.name, hints[field.name], getattr(self, field.name)
-            if name in self.BOUNDS:
-                if value is not None or type(None) not in get_args(hint):
-                    self._check_number(name, value, int if hint is int or int in get_args(hint) else float)
-            else:
-                _check_choice(name, value, hint)
+            self.check_field(field.name, getattr(self, field.name))
 
-    def _check_number(self, name: str, value: Any, kind: type) -> None:
-        low, high, closed = self.BOUNDS[name]
+    @classmethod
+    def hint(cls, name: str) -> Any:
+        """The type of a field."""
+        config: Any = cls
+        return _hints(config)[name]
+
+    @classmethod
+    def check_field(cls, name: str, value: Any) -> None:
+        """Raises `UserError` where the field may not have this value."""
+        hint = cls.hint(name)
+        if name in cls.BOUNDS:
+            if value is not None or type(None) not in get_args(hint):
+                cls._check_number(name, value, int if hint is int or int in get_args(hint) else float)
+        else:
+            _check_choice(name, value, hint)
+
+    @classmethod
+    def _check_number(cls, name: str, value: Any, kind: type) -> None:
+        low, high, closed = cls.BOUNDS[name]
         expected = _range(low, high, closed, "integer" if kind is int else "number")
         right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         if not right_type or not math.isfinite(value):
@@ -86,14 +121,7 @@ class RunFields:
     @classmethod
     def load_fields(cls, path: Path) -> dict[str, Any]:
         """The fields that a config file sets; it may leave out any."""
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: expected a readable config file, got {one_line(error)}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: expected JSON, got {one_line(error)}") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+        fields = read_json(path)
         written = fields.pop("format", cls.FORMAT)
         if written != cls.FORMAT:
             raise UserError(f"{path}: expected format {cls.FORMAT!r}, got {written!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -24,6 +25,11 @@ PROGRESS_COLUMNS = (
     "global_step", "iteration", "episodes", "mean_return", "learning_rate", "policy_loss", "value_loss", "entropy",
     "approx_kl", "clip_fraction", "explained_variance", "grad_norm", *MISMATCH, "steps_per_second",
 )  # fmt: skip
+
+#: What a line of progress says, of what the algorithm has.
+SHOWN = {
+    "approx_kl": "kl {:.1e}", "entropy": "entropy {:.3f}", "critic_loss": "critic loss {:.3g}", "q_mean": "Q {:.1f}"
+}  # fmt: skip
 
 
 @dataclass
@@ -64,7 +70,7 @@ class LiveProgress:
 
     def __init__(self, config: ControlConfig, console: Console) -> None:
         self.config, self.console = config, console
-        self.total = config.num_iterations * config.batch_size
+        self.total = config.planned_steps
         self._last_time, self._last_step = time.perf_counter(), 0
         self._bar: Progress | None = None
         if config.progress and console.is_terminal:
@@ -92,10 +98,11 @@ class LiveProgress:
             share = now.global_step - self._last_step
             if share < self.total / 20 and elapsed < 30 and now.global_step < self.total:
                 return
+            known = {name: x for name, x in stats.items() if not math.isnan(x)}
+            shown = "  ".join(text.format(known[name]) for name, text in SHOWN.items() if name in known)
             self.console.print(
                 f"step {now.global_step:,}/{self.total:,} ({100 * now.global_step // self.total}%)  "
-                f"return {now.mean_return:.1f}  episodes {now.episodes:,}  kl {stats['approx_kl']:.1e}  "
-                f"entropy {stats['entropy']:.3f}  {rate:,.0f} steps/s",
+                f"return {now.mean_return:.1f}  episodes {now.episodes:,}  {shown}  {rate:,.0f} steps/s",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
         self._last_time, self._last_step = time.perf_counter(), now.global_step
@@ -171,7 +178,8 @@ def summary(config: ControlConfig, now: Snapshot, files: list[tuple[str, Path]])
     import gymnasium as gym  # here, as the language trainer has none
 
     timing = now.timing
-    table = Table(title=f"{config.env_id}, seed {config.seed}", show_header=False, title_justify="left")
+    title = f"{config.algorithm.upper()} on {config.env_id}, seed {config.seed}"
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_row("environment steps", f"{now.global_step:,}")
     table.add_row("episodes", f"{now.episodes:,}")
     table.add_row(f"mean return, last {len(now.recent)} episodes", f"{now.mean_return:.1f}")
@@ -184,10 +192,12 @@ def summary(config: ControlConfig, now: Snapshot, files: list[tuple[str, Path]])
     table.add_row("steps per second", f"{timing.rate(now.global_step):,.0f}")
     for name in ("rollout", "advantage", "update", "other"):
         seconds = getattr(timing, name)
+        if name == "advantage" and not seconds:  # DDPG has none
+            continue
         rate = f"{now.global_step / seconds:>12,.0f} steps/s" if seconds > 0 else ""
         table.add_row(f"  {name}", f"{seconds:7.1f} s {100 * seconds / max(timing.total, 1e-9):5.1f} %{rate}")
     for name, path in files:
-        table.add_row(name, str(path))
+        table.add_row(name, f"{path} ({path.stat().st_size / 1e6:,.2f} MB)")
     return table
 
 

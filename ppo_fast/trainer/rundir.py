@@ -20,9 +20,9 @@ LOCK = ".lock"
 class RunDir:
     """A claimed folder. `taken` is the folder that was asked for where another one had to be used."""
 
-    def __init__(self, path: Path, taken: Path | None = None) -> None:
+    def __init__(self, path: Path, taken: Path | None = None, flag: str = "--run-dir") -> None:
         self.path, self.taken = path, taken
-        self._lock = _lock(path)
+        self._lock = _lock(path, flag)
 
     def write(self, name: str, data: bytes) -> None:
         checkpoint.write_atomic(self.path / name, data)
@@ -34,7 +34,7 @@ class RunDir:
         os.close(self._lock)  # closing gives the lock back; the file stays, or two processes could lock two files
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, flag: str) -> int:
     """Two processes in one folder would mix their logs: the second one is refused."""
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -45,7 +45,7 @@ def _lock(path: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
-        raise UserError(f"--run-dir: {path} is in use by another running process") from None
+        raise UserError(f"{flag}: {path} is in use by another running process") from None
     return handle
 
 

@@ -17,8 +17,11 @@ from rich.console import Console
 from . import checkpoint
 from .errors import UserError, one_line
 from .fields import RunFields
-from .report import EPISODE_COLUMNS, PROGRESS_COLUMNS, TensorBoard, draw_curve, read_episodes, tensorboard_scalars
+from .report import EPISODE_COLUMNS, TensorBoard, draw_curve, read_episodes, tensorboard_scalars
 from .rundir import CHECKPOINT, CONFIG, CsvLog, GrowingLog, RunDir
+
+#: Gets the row of progress.csv of an iteration; ends the run by what it raises.
+OnIteration = Callable[[dict[str, Any]], None]
 
 
 class Interrupt:
@@ -48,12 +51,12 @@ def resume_command(path: Path, command: str = "control") -> str:
     return f"ppo-fast train {command} --run-dir {shlex.quote(str(path))} --resume"
 
 
-def load_checkpoint(config: RunFields, kind: str = checkpoint.FORMAT) -> dict[str, Any] | None:
+def load_checkpoint(config: RunFields) -> dict[str, Any] | None:
     """The state to resume from, if there is one; `UserError` where it belongs to another configuration."""
     path = config.folder / CHECKPOINT
     if not config.resume or not path.exists():
         return None
-    state = checkpoint.load(path, kind)
+    state = checkpoint.load(path, config.kind)
     if not isinstance(state.get("config"), dict):
         raise UserError(f"{path}: expected a checkpoint with its configuration, got none")
     changed = config.from_dict(state["config"], str(path)).differences(config)
@@ -89,7 +92,6 @@ def announce(
 class Session:
     """Everything a run writes. `state` is the checkpoint to go on from, `say` prints a line."""
 
-    KIND = checkpoint.FORMAT
     unit = "step"
 
     def __init__(self, trainer: Any, run: RunDir, state: dict[str, Any] | None, say: Callable[[str], None]) -> None:
@@ -116,7 +118,7 @@ class Session:
         """The logs by name, each at its offset; what a checkpoint does not know starts empty."""
         self.episodes = CsvLog(self.run.path / "episodes.csv", EPISODE_COLUMNS, offsets.get("episodes", 0))
         stack.callback(self.episodes.close)
-        self.progress = CsvLog(self.run.path / "progress.csv", PROGRESS_COLUMNS, offsets.get("progress", 0))
+        self.progress = CsvLog(self.run.path / "progress.csv", self.trainer.COLUMNS, offsets.get("progress", 0))
         stack.callback(self.progress.close)
         return {"episodes": self.episodes, "progress": self.progress}
 
@@ -149,7 +151,7 @@ class Session:
         if self.board is not None:
             self.board.flush()
         state = {"config": self.config.to_dict(), "logs": logs, **self.trainer.state_dict()}
-        checkpoint.save(self.run.path / CHECKPOINT, state, self.KIND)
+        checkpoint.save(self.run.path / CHECKPOINT, state, self.config.kind)
         self._saved_at, self._saved_step = time.perf_counter(), self.step
 
     def save_if_due(self) -> None:

@@ -18,13 +18,13 @@ from .. import session
 from ..device import find_device
 from ..errors import UserError, one_line
 from ..rundir import CsvLog, GrowingLog, RunDir, claim
+from ..session import OnIteration
 from . import model, prompts, rewards
 from .config import LanguageConfig
 from .report import LiveProgress, draw_curve, summary
 from .trainer import COLUMNS, Task, Trainer
 from .warm_start import warm_start
 
-KIND = "ppo_fast.language"
 START, RESULT = "start", "model"  # folders of models in that of a run
 
 
@@ -43,7 +43,6 @@ class TrainResult:
 class Session(session.Session):
     """Everything a run writes."""
 
-    KIND = KIND
     unit = "iteration"
 
     @property
@@ -78,11 +77,14 @@ class Session(session.Session):
         return files
 
 
-def train(config: LanguageConfig, *, console: Console | None = None) -> TrainResult:
+def train(
+    config: LanguageConfig, *, console: Console | None = None, on_iteration: OnIteration | None = None
+) -> TrainResult:
     """Trains as `config` says and leaves checkpoint, logs, plot and model in its folder.
 
     Raises `UserError` for wrong input, for a reward function that fails, and for a folder that cannot be written; what was
     written before stays whole and can be resumed. Seeds the global generators, for reward functions that draw from them.
+    `on_iteration` gets the row of progress.csv of each iteration, and ends the run by what it raises.
     """
     console = Console() if console is None else console
     threads, verbosity = torch.get_num_threads(), transformers.utils.logging.get_verbosity()
@@ -90,7 +92,7 @@ def train(config: LanguageConfig, *, console: Console | None = None) -> TrainRes
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return _train(config, console)
+        return _train(config, console, on_iteration)
     finally:
         torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity(verbosity)
@@ -114,9 +116,9 @@ def _task(config: LanguageConfig, tokenizer: Any) -> Task:
     )
 
 
-def _train(config: LanguageConfig, console: Console) -> TrainResult:
+def _train(config: LanguageConfig, console: Console, on_iteration: OnIteration | None) -> TrainResult:
     session.need_packages(config, "language")
-    state, device = session.load_checkpoint(config, KIND), find_device(config)
+    state, device = session.load_checkpoint(config), find_device(config)
     built = not config.model or config.model.endswith(".json")
 
     def say(text: str) -> None:
@@ -135,7 +137,7 @@ def _train(config: LanguageConfig, console: Console) -> TrainResult:
             session.announce(run, config, state, say, "language")
             if state is None and built:
                 trainer = _start(trainer, run, say)
-            return _loop(trainer, run, state, console, say)
+            return _loop(trainer, run, state, console, say, on_iteration)
         except OSError as error:
             raise UserError(f"--run-dir: {run.path} cannot be written ({one_line(error)})") from error
 
@@ -155,7 +157,14 @@ def _start(trainer: Trainer, run: RunDir, say: Any) -> Trainer:
     return again
 
 
-def _loop(trainer: Trainer, run: RunDir, state: dict[str, Any] | None, console: Console, say: Any) -> TrainResult:
+def _loop(
+    trainer: Trainer,
+    run: RunDir,
+    state: dict[str, Any] | None,
+    console: Console,
+    say: Any,
+    on_iteration: OnIteration | None,
+) -> TrainResult:
     config, finished, files = trainer.config, True, []
     log = Session(trainer, run, state, say)
     with contextlib.closing(log):
@@ -168,6 +177,8 @@ def _loop(trainer: Trainer, run: RunDir, state: dict[str, Any] | None, console: 
                     samples, row = trainer.iterate()
                     log.log(samples, row)
                     live.update(trainer.now, row, samples)
+                    if on_iteration is not None:
+                        on_iteration(row)
                     if interrupt.requested:
                         log.save()
                         finished = trainer.finished
