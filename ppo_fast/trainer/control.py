@@ -62,7 +62,6 @@ class Trainer:
 
     def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
         self.config, self.device = config, find_device(config, config.cuda_graph)
-        check(config)
         random.seed(config.seed)  # the global generators are for environments that use them
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -76,6 +75,7 @@ class Trainer:
 
     def _build(self) -> None:
         config, envs = self.config, self.envs
+        check(config)
         codec, policy = ObservationCodec(envs.single_observation_space), make_policy(envs.single_action_space)
         kinds: tuple[Any, Any, Any] = ActorCritic, Collector, Learner
         if config.recurrent != "none":
