@@ -214,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, UsageError) as error:
         if os.environ.get("PPO_FAST_DEBUG"):
             raise
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        speaks = getattr(error, "speaks", None)
+        if os.environ.get("RANK", "0") == "0" if speaks is None else speaks:
+            print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in ("gymnasium", "rich", "tyro", "transformers", "tokenizers"):

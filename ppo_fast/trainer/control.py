@@ -9,6 +9,7 @@ resumed ends with the same bits as one that was not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import time
 import warnings
@@ -24,6 +25,7 @@ from rich.console import Console
 from . import checkpoint
 from .config import ControlConfig
 from .device import find_device
+from .distributed import ALONE, Follower, Ranks, joined
 from .envs import MakeEnv, make_envs, replay_states, restore
 from .errors import UserError, one_line
 from .learner import Learner
@@ -33,8 +35,8 @@ from .policies import make_policy
 from .presets import PRESETS, preset
 from .report import PROGRESS_COLUMNS, LiveProgress, Snapshot, Timing, summary
 from .rollout import Collector, Episode
-from .rundir import RunDir, claim
-from .session import Interrupt, Session, announce, load_checkpoint, need_packages, resume_command
+from .rundir import RunDir
+from .session import Interrupt, Session, announce, iterations_of, load_checkpoint, need_packages, resume_command
 from .spaces import ObservationCodec
 
 __all__ = ["PRESETS", "ControlConfig", "TrainResult", "UserError", "preset", "train"]
@@ -55,18 +57,27 @@ class TrainResult:
 class Trainer:
     """The state of a run and one iteration of it; no files, no output."""
 
-    def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None) -> None:
-        self.config, self.device = config, find_device(config, config.cuda_graph)
-        random.seed(config.seed)  # the global generators are for environments that use them
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
+    def __init__(self, config: ControlConfig, make_env: MakeEnv | None = None, ranks: Ranks = ALONE) -> None:
+        self.config, self.ranks = config, ranks
+        self.local = ranks.local(config, "num_envs")  # with the environments and the device of this rank
+        if config.cuda_graph and not ranks.alone:
+            raise UserError(f"--cuda-graph: expected one rank, got {ranks.size}; go without by --no-cuda-graph")
+        self.device = find_device(self.local, config.cuda_graph)
+        self._seed(ranks.seed(config.seed))
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.envs = make_envs(config, make_env)
+        self.envs = make_envs(self.local, make_env, ranks.block(config.num_envs).start)
         try:
             self._build()
         except BaseException:  # worker processes must not outlive us
             self.close()
             raise
+
+    @staticmethod
+    def _seed(seed: int) -> None:
+        """The global generators, for environments that use them."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     def _build(self) -> None:
         config, envs = self.config, self.envs
@@ -75,8 +86,10 @@ class Trainer:
         self.net = ActorCritic(*sizes, config.initial_log_std, self.generator).to(self.device)
         self.obs_normalizer = ObservationNormalizer(codec.dim) if config.normalize_observations else None
         self.reward_normalizer = RewardNormalizer(config.num_envs, config.gamma) if config.normalize_rewards else None
-        self.collector = Collector(config, envs, codec, policy, self.net, self.obs_normalizer, self.generator)
-        self.learner = Learner(config, policy, self.net, self.generator)
+        self.collector = Collector(
+            self.local, envs, codec, policy, self.net, self.obs_normalizer, self.generator, self.ranks
+        )
+        self.learner = Learner(config, policy, self.net, self.generator, self.ranks)
         self.now = Snapshot()
         try:
             obs, info = envs.reset()
@@ -90,19 +103,30 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    def _collect(self) -> None:
+        """A rollout. Running statistics see this rank's observations at once, and those of the others after it."""
+        if self.obs_normalizer is None or self.ranks.alone:
+            self.collector.collect()
+            return
+        moments, rollout = self.obs_normalizer.moments, self.collector
+        before = copy.copy(moments)
+        rollout.collect()
+        self.ranks.merge(moments, before, rollout.raw_obs[:-1].numpy()[rollout.valid])
+
     def iterate(self) -> tuple[list[Episode], dict[str, Any]]:
         """One rollout and one update; the episodes that ended and a row of `PROGRESS_COLUMNS`."""
         config, now = self.config, self.now
         timing, left = now.timing, 1.0 - now.iteration / config.num_iterations
         learning_rate = config.learning_rate * (left if config.anneal_lr else 1.0)
         start = self._clock()
-        self.collector.collect()
-        episodes = self.collector.episodes(now.global_step)
+        self._collect()
+        episodes = self.ranks.episodes(self.collector.episodes(now.global_step), now.global_step, self.local.num_envs)
         collected = self._clock()
         batch = self.learner.batch(self.collector, self.reward_normalizer)
         rows = torch.from_numpy(np.flatnonzero(self.collector.valid))
+        everywhere = torch.from_numpy(np.flatnonzero(self.ranks.columns(self.collector.valid)))
         estimated = self._clock()
-        stats, _ = self.learner.update(batch, rows, learning_rate, left)
+        stats, _ = self.learner.update(batch, everywhere, learning_rate, left)
         named: dict[str, Any] = {**self.learner.named_statistics(stats, batch, rows)}
         updated = self._clock()
         timing.rollout += collected - start
@@ -123,6 +147,10 @@ class Trainer:
         """A snapshot: later training does not change it."""
         now = self.now
         envs = [[episode, torch.from_numpy(actions)] for episode, actions in replay_states(self.envs)]
+        parts = self.ranks.collect((envs, self.collector.state_dict(), checkpoint.global_rng_state()))
+        if parts is None:  # the first rank has it
+            return {}
+        rollouts, (rng, *rngs) = [part[1] for part in parts], [part[2] for part in parts]
         normalizers = {
             "observations": None if self.obs_normalizer is None else self.obs_normalizer.moments.state_dict(),
             "rewards": None if self.reward_normalizer is None else self.reward_normalizer.state_dict(),
@@ -130,14 +158,19 @@ class Trainer:
         learned = {"parameters": dict(self.net.state_dict()), "optimizer": self.learner.optimizer.state_dict()}
         return {
             **checkpoint.on_host(learned), "normalizers": normalizers,
-            "generator": self.generator.get_state(), "global_rng": checkpoint.global_rng_state(),
-            "envs": envs, "collector": self.collector.state_dict(),
+            "generator": self.generator.get_state(), "global_rng": rng, **({"other_rngs": rngs} if rngs else {}),
+            "envs": [env for part in parts for env in part[0]],
+            "collector": {name: torch.cat([rollout[name] for rollout in rollouts]) for name in rollouts[0]},
             "now": {"global_step": now.global_step, "iteration": now.iteration, "episodes": now.episodes,
                     "recent": list(now.recent), "timing": asdict(now.timing)},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Puts everything back; False if the environments did not replay to the observations of the checkpoint."""
+        """Puts everything back; False if the environments did not replay to the observations of the checkpoint.
+
+        The state is that of the run, of however many ranks: each takes its environments. The generators of global use are
+        those of the same rank, or seeded anew.
+        """
         self.net.load_state_dict(state["parameters"])
         self.learner.load_optimizer(state["optimizer"])
         if self.obs_normalizer is not None:
@@ -147,32 +180,38 @@ class Trainer:
         now = dict(state["now"])
         self.now = Snapshot(**{**now, "recent": deque(now["recent"], 100), "timing": Timing(**now["timing"])})
         obs, info = restore(self.envs, [(episode, actions.numpy()) for episode, actions in state["envs"]])
-        self.collector.load_state_dict(state["collector"])
+        block = self.ranks.block(self.config.num_envs)
+        self.collector.load_state_dict({name: x[block] for name, x in state["collector"].items()})
         expected = self.collector.raw_obs[-1].clone()
         self.collector.begin(obs, info)
         self.generator.set_state(state["generator"])
-        checkpoint.set_global_rng_state(state["global_rng"])
-        return torch.equal(expected, self.collector.raw_obs[-1])
+        rngs = [state["global_rng"], *state.get("other_rngs", [])]
+        if self.ranks.rank < len(rngs):
+            checkpoint.set_global_rng_state(rngs[self.ranks.rank])
+        else:
+            self._seed(self.ranks.seed(self.config.seed, self.now.iteration))
+        return not self.ranks.any(not torch.equal(expected, self.collector.raw_obs[-1]))
 
     def close(self) -> None:
         self.envs.close()
 
 
-def _loop(session: Session, console: Console) -> bool:
+def _loop(trainer: Trainer, session: Session | Follower, console: Console) -> bool:
     """Iterations until the end, or until Ctrl-C; whether the run is finished."""
-    trainer, config = session.trainer, session.config
+    config, ranks = trainer.config, trainer.ranks
     live = LiveProgress(config, console)
     try:
-        with Interrupt(console) as interrupt:
+        with Interrupt(console, ranks) as interrupt:
             while trainer.now.iteration < config.num_iterations:
                 episodes, row = trainer.iterate()
                 start = time.perf_counter()
                 session.log(episodes, row)
                 live.update(trainer.now, row)
-                if interrupt.requested:
+                if ranks.any(interrupt.requested):
                     session.save()
                     return trainer.now.iteration == config.num_iterations
-                session.save_if_due()
+                if ranks.any(session.due):
+                    session.save()
                 trainer.now.timing.other += time.perf_counter() - start
     finally:
         live.close()
@@ -185,6 +224,8 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
     `make_env` makes one environment and replaces `config.env_id`. Raises `UserError` for wrong input, for an
     environment that fails, and for a folder that cannot be written; what was written before stays whole. Seeds the
     global generators of Python, numpy and torch, for environments that draw from them.
+
+    In a process group, of torchrun or made by the caller, every rank calls this alike: one run on all of them.
     """
     console = Console() if console is None else console
     threads = torch.get_num_threads()
@@ -195,17 +236,20 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
             # a failing worker's traceback, printed by gymnasium; its error reaches us as an exception as well
             warnings.filterwarnings("ignore", r"(?s).*ERROR: ", UserWarning, "gymnasium")
-            return _train(config, make_env, console)
+            with joined(config) as ranks:
+                return _train(config, make_env, console if ranks.leads else Console(quiet=True), ranks)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console) -> TrainResult:
+def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console, ranks: Ranks) -> TrainResult:
     need_packages(config, "control")
-    state, device = load_checkpoint(config), find_device(config, config.cuda_graph)
+    state = load_checkpoint(config)
+    ranks.agree("--resume: iterations in the checkpoint", iterations_of(state))
+    device = find_device(ranks.local(config, "num_envs"), config.cuda_graph)
     current = torch.cuda.device(-1 if device.type == "cpu" else device)  # -1: leaves it
     # before the folder, so that a mistake found here leaves no trace
-    with current, contextlib.closing(Trainer(config, make_env)) as trainer, claim(config) as run:
+    with current, contextlib.closing(Trainer(config, make_env, ranks)) as trainer, ranks.claim(config) as run:
         try:
             return _train_in(run, trainer, state, console)
         except OSError as error:
@@ -217,9 +261,9 @@ def _train_in(run: RunDir, trainer: Trainer, state: dict[str, Any] | None, conso
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     announce(run, trainer.config, state, say, "control")
-    session = Session(trainer, run, state, say)
+    session = Session(trainer, run, state, say) if trainer.ranks.leads else Follower(trainer, state)
     with contextlib.closing(session):
-        finished = _loop(session, console)
+        finished = _loop(trainer, session, console)
         files = session.finish() if finished else []
     now = trainer.now
     if finished:

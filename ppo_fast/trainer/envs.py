@@ -142,8 +142,8 @@ class SerialVectorEnv(SyncVectorEnv):
         return self._observations, self._rewards, self._terminations, self._truncations, infos
 
 
-def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorEnv:
-    """The vector environment of a run; `make_env` overrides `config.env_id`."""
+def make_envs(config: ControlConfig, make_env: MakeEnv | None = None, first: int = 0) -> VectorEnv:
+    """The vector environment of a run; `make_env` overrides `config.env_id`. `first`: number of the first environment."""
 
     def factory(index: int) -> MakeEnv:
         def make() -> gym.Env:
@@ -154,10 +154,10 @@ def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorE
 
         return make
 
-    first = factory(0)()  # errors of making one come from here, with their message, not out of a worker
-    plain = isinstance(first.observation_space, (spaces.Box, spaces.Discrete))
-    first.close()
-    factories = [factory(i) for i in range(config.num_envs)]
+    probe = factory(first)()  # errors of making one come from here, with their message, not out of a worker
+    plain = isinstance(probe.observation_space, (spaces.Box, spaces.Discrete))
+    probe.close()
+    factories = [factory(first + i) for i in range(config.num_envs)]
     mode = AUTORESET[config.autoreset]
     if config.vectorization == "async":
         return AsyncVectorEnv(factories, copy=False, autoreset_mode=mode)

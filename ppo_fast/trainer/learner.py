@@ -18,6 +18,7 @@ from ppo_fast.config import STATS
 
 from .config import ControlConfig
 from .device import upload
+from .distributed import ALONE, Ranks
 from .errors import UserError
 from .networks import ActorCritic
 from .normalize import RewardNormalizer
@@ -37,13 +38,21 @@ def clips(config: ControlConfig, share: float) -> dict[str, Any]:
 class Learner:
     """Owns the optimiser. Filler steps of next-step autoreset never reach a minibatch, so no mean counts them."""
 
-    def __init__(self, config: ControlConfig, policy: Policy, net: ActorCritic, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        config: ControlConfig,
+        policy: Policy,
+        net: ActorCritic,
+        generator: torch.Generator,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config, self.policy, self.net, self.generator = config, policy, net, generator
+        self.ranks, self.model, self.share = ranks, ranks.parallel(net), 1.0
         self.device = net.log_std.device
         self.parameters = list(net.parameters())
         self.loss_config = pf.LossConfig(
             **clips(config, 1.0), value_coef=config.value_coef, entropy_coef=config.entropy_coef,
-            normalize_advantages=config.normalize_advantages,
+            normalize_advantages=config.normalize_advantages and ranks.alone,  # else over all ranks, in `step`
         ).on(self.device)  # fmt: skip
         # the types that torch's fused kernels take: the CPU's reads a double, that of a GPU a float
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
@@ -64,7 +73,11 @@ class Learner:
 
         raw = rollout.rewards
         done = rollout.terminated | rollout.truncated
-        rewards = raw if normalizer is None else normalizer(raw, done, rollout.valid)
+        if normalizer is None:
+            rewards = raw
+        else:  # on every rank for all of them: its statistics are one sequence in time
+            columns = [self.ranks.columns(x) for x in (raw, done, rollout.valid)]
+            rewards = normalizer(*columns)[:, self.ranks.block(self.config.num_envs)]
         values = net.critic(rollout.obs.view((t + 1) * n, -1)).view(t + 1, n)
         final_values = rollout.final_values(values)
         filler = self.config.autoreset == "next_step"
@@ -102,16 +115,19 @@ class Learner:
 
     def step(self, batch: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
         """One gradient step: statistics of the loss, and the norm of the gradient."""
-        params, values = self.net(batch.obs[index])
+        params, values = self.model(batch.obs[index])
+        if self.config.normalize_advantages:
+            batch = self.ranks.normalized(batch, index)
         out = self.policy.loss(params, self.net.log_std, values, batch, index, self.loss_config)
         self.optimizer.zero_grad()
-        out.loss.backward()
+        self.ranks.weighted(out.loss, self.share).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
         return out.stats.vector, norm
 
     def update(self, batch: Batch, rows: Tensor, learning_rate: float, clip_share: float = 1.0) -> tuple[Tensor, int]:
-        """Epochs over the `rows` of a batch; mean statistics (and gradient norm, last) and the gradient steps taken."""
+        """Epochs over the `rows` of a batch, those of all ranks; mean statistics (and gradient norm, last) and the gradient
+        steps taken."""
         config = self.config
         self.learning_rate.fill_(learning_rate)
         if config.anneal_clip:
@@ -119,20 +135,22 @@ class Learner:
         self.minibatches.begin(batch)
         stats, norms = [], []
         for _ in range(config.update_epochs):
-            order = upload(rows[torch.randperm(len(rows), generator=self.generator)], self.device)
-            for index in order.tensor_split(min(config.num_minibatches, len(rows))):
+            order = rows[torch.randperm(len(rows), generator=self.generator)]
+            parts, shares = self.ranks.shares(order, min(config.num_minibatches, len(rows)), config.num_envs)
+            indices = upload(torch.cat(parts), self.device).split([len(part) for part in parts])
+            for index, self.share in zip(indices, shares, strict=True):
                 statistics, norm = self.minibatches(index)
-                stats.append(statistics)
+                stats.append(self.ranks.part(statistics, self.share))
                 norms.append(norm)
-            if config.target_kl is not None and float(stats[-1][_APPROX_KL]) > config.target_kl:
+            if config.target_kl is not None and float(self.ranks.sum(stats[-1])[_APPROX_KL]) > config.target_kl:
                 break
-        return torch.cat([torch.stack(stats).mean(0), torch.stack(norms).mean()[None]]), len(stats)
+        return torch.cat([self.ranks.sum(torch.stack(stats).mean(0)), torch.stack(norms).mean()[None]]), len(stats)
 
     def named_statistics(self, stats: Tensor, batch: Batch, rows: Tensor) -> dict[str, float]:
         """What `update` returned and how well the values explained the returns, read from the device at once."""
         rows = upload(rows, self.device)
         returns = batch.returns[rows]
-        variances = [x.var(correction=0) for x in (returns, returns - batch.values[rows])]
+        variances = [self.ranks.variance(x) for x in (returns, returns - batch.values[rows])]
         *means, variance, unexplained = torch.cat([stats, torch.stack(variances)]).tolist()
         named = dict(zip((*STATS, "grad_norm"), means, strict=True))
         if not math.isfinite(named["grad_norm"]):
