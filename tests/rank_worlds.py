@@ -24,7 +24,8 @@ from ppo_fast.trainer.sharding import full, like
 
 QUIET = {"tensorboard": False, "plot": False, "progress": False}
 SMALL = {
-    "num_envs": 4, "num_steps": 8, "total_timesteps": 4 * 32, "hidden_sizes": (8,), "learning_rate": 1e-2, "clip_coef": 0.05, **QUIET,
+    "num_envs": 4, "num_steps": 8, "total_timesteps": 4 * 32, "hidden_sizes": (8,), "learning_rate": 1e-2, "clip_coef": 0.05,
+    **QUIET,
 }  # fmt: skip
 
 
@@ -55,7 +56,7 @@ CONTROL = {
     "same_step": (Walk, {}),
     "next_step": (Walk, {"autoreset": "next_step", "target_kl": 1e-3}),
     "uneven": (Walk, {"num_minibatches": 7, "anneal_clip": True}),
-    "smaller_than_the_ranks": (Walk, {"num_minibatches": 32}),
+    "smaller_than_the_ranks": (Walk, {"num_minibatches": 32, "update_epochs": 1}),
     "not_normalized": (Walk, {"normalize_advantages": False, "value_coef": 0.0}),
     "normal": (Push, {"normalize_rewards": True}),
     "masked": (masked_guess, {"autoreset": "next_step", "normalize_rewards": True}),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rank_worlds import CONTROL, LANGUAGE, QUIET
 
+from ppo_fast import cli
 from ppo_fast.trainer import distributed
 from ppo_fast.trainer.config import ControlConfig
 from ppo_fast.trainer.errors import UserError
@@ -129,6 +130,22 @@ def test_a_dead_rank_stops_the_others_and_the_run_resumes(tmp_path):
     assert [int(row.split(",")[1]) for row in rows[1:]] == list(range(1, 11))
 
 
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_at_its_checkpoint(tmp_path):
+    """A rank dies in every 40th step; each restart goes on where the last checkpoint stood, to the end."""
+    run, torchrun = tmp_path / "run", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args = [*TRAIN[2:], "--env-id", "rank_worlds:Deadly-v0", "--num-envs", "4", "--total-timesteps", "320", "--resume"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "--max-restarts", "4", "-m", "ppo_fast.cli", *args, "--run-dir", str(run),
+         "--checkpoint-seconds", "0"],
+        env=environment(DEADLY_RANK="1"), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("rank 0 lost the others") >= 2 and "at step 128" in done.stdout
+    rows = (run / "progress.csv").read_text().splitlines()
+    assert [int(row.split(",")[1]) for row in rows[1:]] == list(range(1, 6))
+
+
 def test_an_error_of_one_rank_is_printed_once(tmp_path):
     args = [*TRAIN, "--env-id", "rank_worlds:Deadly-v0", "--num-envs", "4", "--run-dir", str(tmp_path / "run")]
     results = together(args, DEADLY_RANK="0", DEADLY_HOW="raise")
@@ -147,17 +164,17 @@ def test_ranks_started_differently(tmp_path):
     assert [run.returncode for run in runs] == [2, 2] and not (tmp_path / "run").exists()
 
 
-def test_half_of_torchruns_variables(tmp_path):
-    done = subprocess.run(
-        [sys.executable, *TRAIN, "--run-dir", str(tmp_path / "run")], env=environment(WORLD_SIZE="2"), text=True,
-        capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "WORLD_SIZE without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in done.stderr
-    assert "torchrun --nproc-per-node" in done.stderr and "unset WORLD_SIZE" in done.stderr
-
-
 # --- in one process ---------------------------------------------------------------------------------------------------
+
+
+def test_half_of_torchruns_variables(tmp_path, monkeypatch, capsys):
+    for name in distributed.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([*TRAIN[2:], "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "WORLD_SIZE without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in line
+    assert "torchrun --nproc-per-node" in line and "unset WORLD_SIZE" in line
 
 
 @pytest.mark.parametrize(

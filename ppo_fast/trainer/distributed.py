@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -343,7 +344,7 @@ def joined(config: RunFields) -> Iterator[Ranks]:
             raise
         raise _told(
             UserError(
-                f"rank {ranks.rank} lost the others ({one_line(error)}): one of them died or hangs; the run goes on from its "
+                f"rank {ranks.rank} lost the others ({_cause(error)}): one of them died or hangs; the run goes on from its "
                 "last checkpoint, with any number of ranks, by the same command with --run-dir and --resume"
             )
         ) from error
@@ -359,7 +360,10 @@ def _begin(config: RunFields) -> None:
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's store outlives a restart of the ranks, and with it the addresses of those that died
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -384,6 +388,11 @@ def _comparable(config: RunFields) -> dict[str, Any]:
 def _lost(error: RuntimeError) -> bool:
     """Whether a collective failed, and not the training."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _cause(error: RuntimeError) -> str:
+    """The first sentence, without the source file that gloo names."""
+    return re.sub(r"\[/\S+\] ", "", one_line(error)).split(". ")[0]
 
 
 def _told(error: UserError) -> UserError:
