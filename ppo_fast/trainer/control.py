@@ -26,12 +26,12 @@ from . import checkpoint
 from .config import ControlConfig
 from .device import find_device
 from .distributed import ALONE, Follower, Ranks, joined
-from .envs import MakeEnv, make_envs, replay_states, restore
+from .envs import EnvState, MakeEnv, make_envs, replay_states, reset, restore
 from .errors import UserError, one_line
 from .learner import Learner
 from .networks import ActorCritic
 from .normalize import ObservationNormalizer, RewardNormalizer
-from .policies import make_policy
+from .policies import Policy, make_policy
 from .presets import PRESETS, preset
 from .report import PROGRESS_COLUMNS, LiveProgress, Snapshot, Timing, summary
 from .rollout import Collector, Episode
@@ -65,12 +65,15 @@ class Trainer:
         self.device = find_device(self.local, config.cuda_graph)
         self._seed(ranks.seed(config.seed))
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.envs = make_envs(self.local, make_env, ranks.block(config.num_envs).start)
+        self.envs = self._make_envs(make_env)
         try:
             self._build()
         except BaseException:  # worker processes must not outlive us
             self.close()
             raise
+
+    def _make_envs(self, make_env: MakeEnv | None) -> Any:
+        return make_envs(self.local, make_env, self.ranks.block(self.config.num_envs).start)
 
     @staticmethod
     def _seed(seed: int) -> None:
@@ -86,16 +89,15 @@ class Trainer:
         self.net = ActorCritic(*sizes, config.initial_log_std, self.generator).to(self.device)
         self.obs_normalizer = ObservationNormalizer(codec.dim) if config.normalize_observations else None
         self.reward_normalizer = RewardNormalizer(config.num_envs, config.gamma) if config.normalize_rewards else None
-        self.collector = Collector(
-            self.local, envs, codec, policy, self.net, self.obs_normalizer, self.generator, self.ranks
-        )
-        self.learner = Learner(config, policy, self.net, self.generator, self.ranks)
         self.now = Snapshot()
-        try:
-            obs, info = envs.reset()
-        except Exception as error:  # an environment may raise anything; it stays attached as the cause
-            raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
-        self.collector.begin(obs, info)
+        self._assemble(codec, policy)
+
+    def _assemble(self, codec: ObservationCodec, policy: Policy) -> None:
+        self.collector = Collector(
+            self.local, self.envs, codec, policy, self.net, self.obs_normalizer, self.generator, self.ranks
+        )
+        self.learner = Learner(self.config, policy, self.net, self.generator, self.ranks)
+        self.collector.begin(*reset(self.envs, self.config))
 
     def _clock(self) -> float:
         """The time at a border of two phases, where everything that was asked of a GPU is waited for."""
@@ -143,10 +145,22 @@ class Trainer:
         )  # fmt: skip
         return episodes, {name: named[name] for name in PROGRESS_COLUMNS}
 
+    def _env_states(self) -> list[EnvState]:
+        return replay_states(self.envs)
+
+    def _restore(self, states: list[EnvState], collector: dict[str, Any]) -> bool:
+        """Environments and collector as they were; whether the last observations came again. `states` of all ranks."""
+        obs, info = restore(self.envs, states)
+        block = self.ranks.block(self.config.num_envs)
+        self.collector.load_state_dict({name: x[block] for name, x in collector.items()})
+        expected = self.collector.raw_obs[-1].clone()
+        self.collector.begin(obs, info)
+        return torch.equal(expected, self.collector.raw_obs[-1])
+
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: later training does not change it."""
         now = self.now
-        envs = [[episode, torch.from_numpy(actions)] for episode, actions in replay_states(self.envs)]
+        envs = [[episode, torch.from_numpy(actions)] for episode, actions in self._env_states()]
         parts = self.ranks.collect((envs, self.collector.state_dict(), checkpoint.global_rng_state()))
         if parts is None:  # the first rank has it
             return {}
@@ -179,18 +193,14 @@ class Trainer:
             self.reward_normalizer.load_state_dict(state["normalizers"]["rewards"])
         now = dict(state["now"])
         self.now = Snapshot(**{**now, "recent": deque(now["recent"], 100), "timing": Timing(**now["timing"])})
-        obs, info = restore(self.envs, [(episode, actions.numpy()) for episode, actions in state["envs"]])
-        block = self.ranks.block(self.config.num_envs)
-        self.collector.load_state_dict({name: x[block] for name, x in state["collector"].items()})
-        expected = self.collector.raw_obs[-1].clone()
-        self.collector.begin(obs, info)
+        exact = self._restore([(episode, actions.numpy()) for episode, actions in state["envs"]], state["collector"])
         self.generator.set_state(state["generator"])
         rngs = [state["global_rng"], *state.get("other_rngs", [])]
         if self.ranks.rank < len(rngs):
             checkpoint.set_global_rng_state(rngs[self.ranks.rank])
         else:
             self._seed(self.ranks.seed(self.config.seed, self.now.iteration))
-        return not self.ranks.any(not torch.equal(expected, self.collector.raw_obs[-1]))
+        return not self.ranks.any(not exact)
 
     def close(self) -> None:
         self.envs.close()

@@ -21,6 +21,7 @@ from .config import ControlConfig
 from .errors import UserError, one_line
 
 MakeEnv = Callable[[], gym.Env]
+EnvState = tuple[int, np.ndarray]  # number of the episode, and its actions so far
 AUTORESET = {"same_step": AutoresetMode.SAME_STEP, "next_step": AutoresetMode.NEXT_STEP}
 
 
@@ -76,7 +77,14 @@ class ReplayEnv(gym.Wrapper):
         return transition
 
 
-def restore(envs: VectorEnv, states: list[tuple[int, np.ndarray]]) -> tuple[Any, dict[str, Any]]:
+def reset(envs: VectorEnv, config: ControlConfig) -> tuple[Any, dict[str, Any]]:
+    try:
+        return envs.reset()
+    except Exception as error:  # an environment may raise anything; it stays attached as the cause
+        raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
+
+
+def restore(envs: VectorEnv, states: list[EnvState]) -> tuple[Any, dict[str, Any]]:
     """Brings environments back to `states`; observations and infos as after the last step then."""
     envs.reset()  # else an environment whose episode has just ended would spend the coming step on its autoreset
     envs.call("arm_restore", states)  # type: ignore[attr-defined]
@@ -87,7 +95,7 @@ def restore(envs: VectorEnv, states: list[tuple[int, np.ndarray]]) -> tuple[Any,
     return obs, info
 
 
-def replay_states(envs: VectorEnv) -> list[tuple[int, np.ndarray]]:
+def replay_states(envs: VectorEnv) -> list[EnvState]:
     return list(envs.call("replay_state"))  # type: ignore[attr-defined]
 
 

@@ -81,17 +81,6 @@ class Learner:
         values = net.critic(rollout.obs.view((t + 1) * n, -1)).view(t + 1, n)
         final_values = rollout.final_values(values)
         filler = self.config.autoreset == "next_step"
-        advantages, returns = pf.gae(
-            there(rewards.astype(np.float32)),
-            values[:-1],
-            values[-1],
-            terminated=there(rollout.terminated),
-            truncated=None if final_values is None else there(rollout.truncated & ~rollout.terminated),
-            final_values=final_values,
-            mask=there(rollout.valid) if filler else None,
-            gamma=self.config.gamma,
-            lam=self.config.gae_lambda,
-        )
         actions = rollout.actions.view(t * n, *policy.action_shape)
         mask = None if rollout.masks is None else rollout.masks[:-1].reshape(t * n, -1)
         if mask is not None and filler:
@@ -99,7 +88,24 @@ class Learner:
             mask = mask | ~there(rollout.valid).view(-1, 1)
         log_prob = policy.log_prob(rollout.params.view(t * n, -1), net.log_std, actions, mask)
         obs = rollout.obs[:-1].reshape(t * n, -1)
+        log_prob, advantages, returns = self.estimate(
+            rollout, obs, actions, mask, log_prob,
+            (there(rewards.astype(np.float32)), values[:-1], values[-1]),
+            terminated=there(rollout.terminated),
+            truncated=None if final_values is None else there(rollout.truncated & ~rollout.terminated),
+            final_values=final_values,
+            mask=there(rollout.valid) if filler else None,
+            gamma=self.config.gamma, lam=self.config.gae_lambda,
+        )  # fmt: skip
         return Batch(obs, actions, mask, log_prob, values[:-1].reshape(-1), advantages.reshape(-1), returns.reshape(-1))
+
+    def estimate(
+        self, rollout: Collector, obs: Tensor, actions: Tensor, action_mask: Tensor | None, log_prob: Tensor,
+        trajectory: tuple[Tensor, Tensor, Tensor], **borders: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Log-probabilities that ratios are taken to, advantages and returns. `log_prob`: as the actions were drawn."""
+        advantages, returns = pf.gae(*trajectory, **borders)
+        return log_prob, advantages, returns
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """As `optimizer.load_state_dict`, which does not compare shapes."""

@@ -159,9 +159,11 @@ class Learner:
         count = lengths.sum() if reduction == "token-mean" else (lengths > 0).sum()
         return token_weights(like, mask, reduction, None, count.clamp(min=1).to(like.dtype), None)
 
-    def backward(self, experience: Experience, whole: Tensor, lengths: Tensor) -> Tensor:
+    def backward(self, experience: Experience, whole: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Adds the gradient of the minibatch `whole` to the parameters'; this rank's part of its statistics, in order of
         SUMS and MEANS. `lengths`: tokens in each response of all ranks, into which `whole` points."""
+        if lengths is None:
+            lengths = self.ranks.rows(experience.mask.sum(1))
         index = self.ranks.mine(whole, len(lengths))
         weights, total = self.weights(experience.mask[index], lengths[whole]), int(lengths[whole].sum())
         stats, micro = torch.zeros(len(SUMS) + len(MEANS), device=index.device), self._micro(len(whole))
