@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,14 +230,18 @@ def _loop(trainer: Trainer, session: Session | Follower, console: Console) -> bo
     return True
 
 
-def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Console | None = None) -> TrainResult:
+def train(
+    config: ControlConfig, *, make_env: MakeEnv | None = None, console: Console | None = None,
+    trainer: Callable[[ControlConfig, MakeEnv | None, Ranks], Trainer] = Trainer,
+) -> TrainResult:  # fmt: skip
     """Trains as `config` says and leaves checkpoint, logs and plot in its folder.
 
     `make_env` makes one environment and replaces `config.env_id`. Raises `UserError` for wrong input, for an
     environment that fails, and for a folder that cannot be written; what was written before stays whole. Seeds the
     global generators of Python, numpy and torch, for environments that draw from them.
 
-    In a process group, of torchrun or made by the caller, every rank calls this alike: one run on all of them.
+    In a process group, of torchrun or made by the caller, every rank calls this alike: one run on all of them. `trainer`
+    makes what holds the state of the run; `ppo_fast.trainer.ray` has another.
     """
     console = Console() if console is None else console
     threads = torch.get_num_threads()
@@ -247,19 +253,20 @@ def train(config: ControlConfig, *, make_env: MakeEnv | None = None, console: Co
             # a failing worker's traceback, printed by gymnasium; its error reaches us as an exception as well
             warnings.filterwarnings("ignore", r"(?s).*ERROR: ", UserWarning, "gymnasium")
             with joined(config) as ranks:
-                return _train(config, make_env, console if ranks.leads else Console(quiet=True), ranks)
+                with_ranks = functools.partial(trainer, config, make_env, ranks)
+                return _train(config, with_ranks, console if ranks.leads else Console(quiet=True), ranks)
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(config: ControlConfig, make_env: MakeEnv | None, console: Console, ranks: Ranks) -> TrainResult:
+def _train(config: ControlConfig, make: Callable[[], Trainer], console: Console, ranks: Ranks) -> TrainResult:
     need_packages(config, "control")
     state = load_checkpoint(config)
     ranks.agree("--resume: iterations in the checkpoint", iterations_of(state))
     device = find_device(ranks.local(config, "num_envs"), config.cuda_graph)
     current = torch.cuda.device(-1 if device.type == "cpu" else device)  # -1: leaves it
     # before the folder, so that a mistake found here leaves no trace
-    with current, contextlib.closing(Trainer(config, make_env, ranks)) as trainer, ranks.claim(config) as run:
+    with current, contextlib.closing(make()) as trainer, ranks.claim(config) as run:
         try:
             return _train_in(run, trainer, state, console)
         except OSError as error:
