@@ -1,4 +1,5 @@
-"""The command line: `ppo-fast train control`, `ppo-fast train language`, `ppo-fast bench`, `ppo-fast doctor`.
+"""The command line: `ppo-fast train control`, `ppo-fast train language`, the same with `ppo-fast ray`, `ppo-fast bench`,
+`ppo-fast doctor`.
 
 Each command imports what it needs when it runs, so that help comes at once. Exit codes: 0 done, 2 wrong input (one line
 says what was expected and what came; PPO_FAST_DEBUG=1 shows where, for those who debug their own environment), 130
@@ -58,6 +59,20 @@ def _parse(kind: Any, args: Sequence[str], prog: str, default: Any) -> Any:
         raise UsageError(f"{' '.join(said)} ({prog} --help explains every flag)") from None
 
 
+def _parse_groups(args: Sequence[str], prog: str, doc: str | None, groups: dict[str, Any]) -> dict[str, Any]:
+    """Several dataclasses, each by its default, from one set of flags; each is a group of the help."""
+    import dataclasses
+
+    import tyro
+
+    fields: list[Any] = [(name, type(value), dataclasses.field(default=value)) for name, value in groups.items()]
+    kind: Any = dataclasses.make_dataclass("groups", fields, frozen=True)
+    kind.__doc__ = doc
+    flat: Any = tyro.conf.OmitArgPrefixes
+    parsed = _parse(flat[kind], _without_config(args), prog, kind())
+    return {name: getattr(parsed, name) for name in groups}
+
+
 def _defaults(args: Sequence[str]) -> Any:
     """What flags are laid over: the config of the run to resume, else preset, then --config FILE."""
     from .trainer.config import from_dict, load_fields
@@ -103,11 +118,9 @@ def train_control(args: Sequence[str]) -> int:
     return 0 if train(config).finished else 130
 
 
-def train_language(args: Sequence[str]) -> int:
-    """Train a causal language model with PPO, GRPO and their kin."""
+def _language(args: Sequence[str], prog: str, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and what `more` groups of flags say."""
     import dataclasses
-
-    import tyro
 
     from .trainer.language.config import GROUPS, LanguageConfig
 
@@ -119,20 +132,39 @@ def train_language(args: Sequence[str]) -> int:
         fields, source = LanguageConfig.load_fields(Path(file)), file
     default = LanguageConfig.from_dict(fields, source)
     # one flat configuration, whose help comes in the groups that it is made of
-    groups: list[Any] = []
+    groups = {}
     for group in GROUPS:
         values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
-        groups.append(
-            (group.__name__.removesuffix("Fields").lower(), group, dataclasses.field(default=group(**values)))
-        )
-    kind = dataclasses.make_dataclass("language", groups, frozen=True)
-    kind.__doc__ = LanguageConfig.__doc__
-    flat: Any = tyro.conf.OmitArgPrefixes
-    parsed = _parse(flat[kind], _without_config(args), f"{PROG} train language", kind())
-    config = LanguageConfig(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+        groups[group.__name__.removesuffix("Fields").lower()] = group(**values)
+    parsed = _parse_groups(args, prog, LanguageConfig.__doc__, {**groups, **more})
+    fields = {k: v for name in groups for k, v in vars(parsed[name]).items()}
+    return LanguageConfig(**fields), {name: parsed[name] for name in more}
+
+
+def train_language(args: Sequence[str]) -> int:
+    """Train a causal language model with PPO, GRPO and their kin."""
+    config, _ = _language(args, f"{PROG} train language", {})
     from .trainer.language.run import train
 
     return 0 if train(config).finished else 130
+
+
+def ray_control(args: Sequence[str]) -> int:
+    """Train on a gymnasium environment with a Ray cluster: rollout workers for one learner, or several ranks."""
+    from .trainer import ray
+    from .trainer.config import ControlConfig
+
+    groups = {"ray": ray.RayOptions(), "control": _defaults(args)}
+    parsed = _parse_groups(args, f"{PROG} ray control", ControlConfig.__doc__, groups)
+    return ray.run(parsed["control"], parsed["ray"])
+
+
+def ray_language(args: Sequence[str]) -> int:
+    """Train a causal language model on the ranks of a Ray cluster."""
+    from .trainer import ray
+
+    config, parsed = _language(args, f"{PROG} ray language", {"ray": ray.RayOptions()})
+    return ray.run(config, parsed["ray"])
 
 
 def bench(args: Sequence[str]) -> int:
@@ -178,6 +210,8 @@ def doctor(args: Sequence[str]) -> int:
 COMMANDS: dict[tuple[str, ...], Command] = {
     ("train", "control"): train_control,
     ("train", "language"): train_language,
+    ("ray", "control"): ray_control,
+    ("ray", "language"): ray_language,
     ("bench",): bench,
     ("doctor",): doctor,
 }

@@ -3,7 +3,7 @@
 **Rollout workers** step blocks of the environments in processes of their own, anywhere in the cluster, for one learner. The
 rollout of iteration u is made with the parameters of iteration u - max_staleness: so many rollouts of each worker wait or
 are under way while the learner updates, never more, and none is dropped. With 0 workers and learner take turns, and the
-run is that of one process, bit for bit. Else V-trace corrects the advantages for the parameters that have changed since, and
+run is that of one process: only the rounding of a network's outputs depends on how many rows it sees. Else V-trace corrects the advantages for the parameters that have changed since, and
 the run still depends on nothing but its seed.
 
 A worker that dies is replaced: its environments are replayed to where the learner last took a rollout, and what was under way
@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import os
 import platform
+import socket
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from .device import Twin
 from .distributed import Ranks
 from .envs import EnvState, MakeEnv, make_envs, replay_states, reset, restore
 from .errors import UserError, one_line
+from .fields import flag
 from .networks import ActorCritic
 from .normalize import ObservationNormalizer, RunningMoments
 from .policies import make_policy
@@ -46,7 +48,7 @@ from .spaces import ObservationCodec
 
 try:
     import ray
-    from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+    from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError
 except ImportError as error:
     raise UserError(f'ray: not installed ({one_line(error)}): pip install "ppo_fast[ray]"') from None
 
@@ -87,6 +89,35 @@ class Request(NamedTuple):
     parameters: Any  # a reference into Ray's object store
     moments: dict[str, Any] | None
     generator: Tensor  # state, alike for all workers: each takes its columns of the noise
+
+
+@dataclasses.dataclass(frozen=True)
+class RayOptions:
+    """The cluster, and what runs where on it."""
+
+    workers: int = 2
+    """Control: processes that step the environments for one learner, which is here; num-envs / workers of them each."""
+
+    ranks: int = 0
+    """Instead of workers: processes that each collect and learn, as under torchrun, started by Ray Train. With --device cuda
+    each takes a GPU."""
+
+    max_staleness: int = 0
+    """Workers: iterations that a rollout may lag behind the parameters. 0: workers wait for the learner, and the run is that of
+    one process. More: they work while it learns, and V-trace corrects for it; nothing is dropped."""
+
+    max_failures: int = 3
+    """Ranks: how often the run starts again at its last checkpoint after a rank died."""
+
+    address: str = ""
+    """The cluster's head, host:port or ray://host:port. Empty: that of RAY_ADDRESS, else a new cluster on this machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "ranks", "max_staleness", "max_failures"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag(name)}: expected an integer >= 0, got {getattr(self, name)}")
+        if not self.workers and not self.ranks:
+            raise UserError("--workers: expected at least 1, or --ranks, got 0 of both")
 
 
 def versions() -> dict[str, str]:
@@ -191,8 +222,8 @@ class Fleet:
             ) from None
         except UserError as error:
             raise _unwrapped(error) from error
-        except RayActorError as error:
-            raise UserError(f"--workers: one died while it started ({one_line(error)})") from error
+        except RayError as error:  # it died, or lacks a module that is here
+            raise UserError(f"--workers: one failed while it started ({_last_line(error)})") from error
 
     @staticmethod
     def _check(found: list[tuple[str, dict[str, str]]]) -> None:
@@ -250,6 +281,11 @@ class Fleet:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong over there, below Ray's traceback of it."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _unwrapped(error: UserError) -> UserError:
@@ -354,25 +390,36 @@ class Trainer(control.Trainer):
 # --- the cluster ------------------------------------------------------------------------------------------------------
 
 
+def _knock(address: str) -> None:
+    """`OSError` where nothing listens; Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 @contextlib.contextmanager
 def cluster(address: str | None, cpus: int = 0, gpus: int = 0) -> Iterator[None]:
     """A connection to the Ray cluster at `address`, else to that of RAY_ADDRESS, else a new one on this machine."""
     started = not ray.is_initialized()
     if started:
+        where = address or os.environ.get("RAY_ADDRESS") or ""
         try:
-            ray.init(address=address, include_dashboard=None if address else False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = address or os.environ.get("RAY_ADDRESS")
+            _knock(where)
+            ray.init(address=address, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"--address: expected a Ray cluster, none answers at {where} ({one_line(error)}); start one there with: "
                 "ray start --head --port 6379, or leave out --address to use this machine"
             ) from None
     try:
         resources = ray.cluster_resources()
-        for name, wanted, flag in (("CPU", cpus, "--workers or --ranks"), ("GPU", gpus, "--ranks with --device cuda")):
+        for name, wanted, option in (
+            ("CPU", cpus, "--workers or --ranks"),
+            ("GPU", gpus, "--ranks with --device cuda"),
+        ):
             if resources.get(name, 0) < wanted:
                 raise UserError(
-                    f"{flag}: expected at most the {resources.get(name, 0):g} {name}s of the cluster, got {wanted}; ask for "
+                    f"{option}: expected at most the {resources.get(name, 0):g} {name}s of the cluster, got {wanted}; ask for "
                     "fewer, or add a machine with: ray start --address <head>:6379"
                 )
         yield
@@ -431,6 +478,18 @@ def fit(config: Any, *, ranks: int, address: str | None = None, max_failures: in
                 "goes on with --run-dir and --resume"
             ) from error
     return folder
+
+
+def run(config: Any, options: RayOptions) -> int:
+    """What the command line asks for; the exit code."""
+    address = options.address or None
+    if options.ranks:
+        fit(config, ranks=options.ranks, address=address, max_failures=options.max_failures)
+        return 0
+    if not isinstance(config, ControlConfig):
+        raise UserError("--workers: expected --ranks for a language model, whose responses the learner's GPUs sample")
+    done = train(config, workers=options.workers, max_staleness=options.max_staleness, address=address)
+    return 0 if done.finished else 130
 
 
 def _root(error: BaseException) -> str:
