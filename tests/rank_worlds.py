@@ -63,7 +63,7 @@ CONTROL = {
     "async": (Walk, {"vectorization": "async"}),
 }
 LANGUAGE = {
-    "ppo": {"kl_target": 0.1, "micro_batch": 3, "entropy_coef": 0.01},
+    "ppo": {"kl_target": 0.22, "kl_horizon": 100.0, "micro_batch": 3, "entropy_coef": 0.01},
     "grpo_of_sequences": {"algorithm": "grpo", "policy": "gspo", "reduction": "seq-mean-token-mean", "kl_in": "loss",
                           "kl_estimator": "k3", "micro_batch": 2},
     "whitened_groups": {"algorithm": "reinforce_plus_plus_baseline", "reduction": "token-sum-norm"},
@@ -116,6 +116,7 @@ def language(ranks: distributed.Ranks, folder: Path, changes, state=None):
     for _ in range(2 if state is None else 1):
         experience = trainer.learner.experience(responses, scores[block], None)
         rows.append(trainer.learner.update(experience, 1e-2))
+        rows[-1]["kl_coef"] = trainer.learner.kl.coef
         trainer.now.iteration += 1
     learned = {name: full(p).detach().clone() for name, p in trainer.policy.learned().items()}
     return learned, rows, trainer.state_dict()

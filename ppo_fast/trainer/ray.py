@@ -3,11 +3,11 @@
 **Rollout workers** step blocks of the environments in processes of their own, anywhere in the cluster, for one learner. The
 rollout of iteration u is made with the parameters of iteration u - max_staleness: so many rollouts of each worker wait or
 are under way while the learner updates, never more, and none is dropped. With 0 workers and learner take turns, and the
-run is that of one process: only the rounding of a network's outputs depends on how many rows it sees. Else V-trace corrects the advantages for the parameters that have changed since, and
-the run still depends on nothing but its seed.
+run is that of one process: only the rounding of a network's outputs depends on how many rows it sees. Else V-trace
+corrects the advantages for the parameters that have changed since, and the run still depends on nothing but its seed.
 
-A worker that dies is replaced: its environments are replayed to where the learner last took a rollout, and what was under way
-is asked for again with the same parameters and the same random numbers. Nothing is lost, and nothing changes.
+A worker that dies is replaced: its environments are replayed to where the learner last took a rollout, and what was under
+way is asked for again with the same parameters and the same random numbers. Nothing is lost, and nothing changes.
 
 **Ranks** are the processes of `torchrun`, started by Ray Train, which starts them again at the last checkpoint when one dies.
 """
