@@ -14,7 +14,7 @@ import torch
 from trainer_worlds import Broken, Guess, Walk
 
 from ppo_fast import cli, reference
-from ppo_fast.trainer import control
+from ppo_fast.trainer import control, distributed
 from ppo_fast.trainer.config import ControlConfig
 from ppo_fast.trainer.errors import UserError
 
@@ -204,11 +204,9 @@ def test_errors_of_workers_are_one_line(cluster, tmp_path, monkeypatch):
     fails(r"^--workers or --ranks: expected at most the .* CPUs of the cluster, got 4096; .*ray start", workers=4096)
     fails("failed in a step: RuntimeError: the motor is on fire$", make_env=lambda: Broken(good=5))
     fails("^--env-id: expected the id of an environment that gymnasium knows", make_env=None, env_id="Nowhere-v0")
-    monkeypatch.setattr(ours, "versions", lambda: {**versions, "torch": "1.0"})
-    fails("^--workers: expected torch 1.0 as here on every node, got .* there run: pip install torch==1.0$")
-
-
-versions = ours.versions()
+    here = {**distributed.versions(), "torch": "1.0"}
+    monkeypatch.setattr(distributed, "versions", lambda: here)
+    fails(r"^--workers: expected torch 1.0 as here on every node, got .* there: pip install torch==1.0$")
 
 
 def run(code: str, timeout: int = 300) -> subprocess.CompletedProcess:

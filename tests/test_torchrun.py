@@ -215,6 +215,16 @@ def test_devices_of_ranks(monkeypatch):
     assert ranks.local(ControlConfig(device="cuda"), "num_envs").device == "cuda:3"
 
 
+def test_other_versions_on_another_node():
+    distributed.check_versions("WORLD_SIZE", "far", distributed.versions())
+    here = distributed.versions()["numpy"]
+    message = (
+        rf"^WORLD_SIZE: expected numpy {here} as here on every node, got 0.1 on far; there: pip install numpy=={here}$"
+    )
+    with pytest.raises(UserError, match=message):
+        distributed.check_versions("WORLD_SIZE", "far", {**distributed.versions(), "numpy": "0.1"})
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_shares_are_a_partition(size):
     """The parts of the ranks are the minibatch, each in its own numbering of [T, N]."""

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import os
+import platform
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -216,10 +217,18 @@ class Ranks:
         """`UserError` where ranks were started differently."""
         for rank, other in enumerate(self.gather(value)):
             if other != value:
+                mine = value
+                if isinstance(value, dict):
+                    names = [name for name in value if value[name] != other.get(name)]
+                    mine, other = ({name: x.get(name) for name in names} for x in (value, other))
                 raise UserError(
-                    f"{what}: expected the same on every rank, got {value} on rank {self.rank} and {other} on rank {rank}; start "
+                    f"{what}: expected the same on every rank, got {mine} on rank {self.rank} and {other} on rank {rank}; start "
                     "all with one command, and keep the run in a folder that every machine sees"
                 )
+
+    def agree_on_versions(self) -> None:
+        for node, there in self.gather((platform.node(), versions())):
+            check_versions("WORLD_SIZE", node, there)
 
     # --- the update -----------------------------------------------------------------------------------------------------
 
@@ -298,6 +307,22 @@ class Follower:
         pass
 
 
+def versions() -> dict[str, str]:
+    """Packages whose objects travel between processes."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "ppo_fast": pf.__version__}
+    return {**found, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def check_versions(field: str, node: str, there: dict[str, str]) -> None:
+    """`UserError` where another machine has other packages than this one."""
+    for name, version in versions().items():
+        if there.get(name) != version:
+            mend = f"install python {version}" if name == "python" else f"pip install {name}=={version}"
+            raise UserError(
+                f"{field}: expected {name} {version} as here on every node, got {there.get(name)} on {node}; there: {mend}"
+            )
+
+
 def _size() -> int:
     """The number of ranks by the environment, once for all that torchrun says."""
     if not any(name in os.environ for name in ("RANK", "WORLD_SIZE")):
@@ -333,8 +358,11 @@ def joined(config: RunFields) -> Iterator[Ranks]:
             return
         _begin(config)
         made = True
-    ranks = _of_group(config)
+    ranks = _of_group()
+    if config.device != "cpu" and ranks.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(ranks.local_rank)
     try:
+        ranks.agree_on_versions()
         ranks.agree("configuration", _comparable(config))
         yield ranks
     except UserError as error:
@@ -355,10 +383,10 @@ def joined(config: RunFields) -> Iterator[Ranks]:
 
 def _begin(config: RunFields) -> None:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    backend = "gloo"
-    if config.device != "cpu" and local_rank < torch.cuda.device_count():
+    here = config.device != "cpu" and local_rank < torch.cuda.device_count()  # else `Ranks.local` says what is wrong
+    if here:
         torch.cuda.set_device(local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if here else "gloo"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun's store outlives a restart of the ranks, and with it the addresses of those that died
@@ -371,7 +399,7 @@ def _begin(config: RunFields) -> None:
         ) from error
 
 
-def _of_group(config: RunFields) -> Ranks:
+def _of_group() -> Ranks:
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
         return ALONE

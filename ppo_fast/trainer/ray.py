@@ -35,7 +35,7 @@ import ppo_fast as pf
 from . import control, learner
 from .config import ControlConfig
 from .device import Twin
-from .distributed import Ranks
+from .distributed import Ranks, check_versions, versions
 from .envs import EnvState, MakeEnv, make_envs, replay_states, reset, restore
 from .errors import UserError, one_line
 from .fields import flag
@@ -120,11 +120,6 @@ class RayOptions:
             raise UserError("--workers: expected at least 1, or --ranks, got 0 of both")
 
 
-def versions() -> dict[str, str]:
-    found = {"python": ".".join(platform.python_version_tuple()[:2]), "ppo_fast": pf.__version__}
-    return {**found, "torch": torch.__version__, "numpy": np.__version__}
-
-
 class _FixedMoments(RunningMoments):
     def update(self, batch: np.ndarray) -> None:
         """The learner does, with the rollouts of all."""
@@ -198,7 +193,8 @@ class Fleet:
         self.deaths = 0
         self.actors = [_actor() for _ in range(count)]
         try:
-            self._check(self._get([actor.versions.remote() for actor in self.actors]))
+            for node, there in self._get([actor.versions.remote() for actor in self.actors]):
+                check_versions("--workers", node, there)
             starts = self._get([self._start(i) for i in range(count)])
             self.states: list[State] = self._get([actor.state.remote() for actor in self.actors])
         except BaseException:
@@ -224,18 +220,6 @@ class Fleet:
             raise _unwrapped(error) from error
         except RayError as error:  # it died, or lacks a module that is here
             raise UserError(f"--workers: one failed while it started ({_last_line(error)})") from error
-
-    @staticmethod
-    def _check(found: list[tuple[str, dict[str, str]]]) -> None:
-        """Parameters and results travel as objects of these packages."""
-        here = versions()
-        for node, there in found:
-            for name, version in there.items():
-                if version != here[name]:
-                    raise UserError(
-                        f"--workers: expected {name} {here[name]} as here on every node, got {version} on {node}; there run: "
-                        + (f"pip install {name}=={here[name]}" if name != "python" else f"a python {here[name]}")
-                    )
 
     def submit(self, request: Request) -> None:
         refs = [actor.collect.remote(request, request.parameters) for actor in self.actors]
