@@ -56,7 +56,8 @@ class Heavy(gym.Wrapper):
         return self.env.step(action)
 
 
-gym.register("Heavy-v0", entry_point=lambda: Heavy(gym.make("CartPole-v1", disable_env_checker=True)))
+if "Heavy-v0" not in gym.registry:  # a worker imports this module, and this module is also __main__
+    gym.register("Heavy-v0", entry_point=lambda: Heavy(gym.make("CartPole-v1", disable_env_checker=True)))
 
 
 @dataclass(frozen=True)
