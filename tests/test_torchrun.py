@@ -52,7 +52,7 @@ def together(args: list[str], size: int = 2, **changes: str) -> list[tuple[int, 
     port = free_port()
     ranks = [start(args, rank, size, port, **changes) for rank in range(size)]
     try:
-        outputs = [rank.communicate(timeout=240) for rank in ranks]
+        outputs = [rank.communicate(timeout=600) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
