@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,22 +81,26 @@ def opo(rewards: Tensor, group: Group, mask: Tensor | None = None, *, lengths: T
 
 
 def reinforce_plus_plus(
-    rewards: Tensor, group: Group | None = None, mask: Tensor | None = None, *, gamma: float = 1.0, eps: float = 1e-8
-) -> Tensor:
+    rewards: Tensor, group: Group | None = None, mask: Tensor | None = None, *, gamma: float = 1.0, eps: float = 1e-8,
+    process_group: Any = None,
+) -> Tensor:  # fmt: skip
     """The discounted reward-to-go, whitened over all valid tokens of the batch: (G - mean)/√(var + eps), no groups (Hu 2025,
-    arXiv 2501.03262; verl, OpenRLHF: eps 1e-8). Scores [B] are whitened over the batch. `group` is not used."""
+    arXiv 2501.03262; verl, OpenRLHF: eps 1e-8). Scores [B] are whitened over the batch. `group` is not used. The batch is that
+    of all ranks of `process_group`."""
     if rewards.ndim == 1:
-        return whiten(_scores(rewards, mask, "reinforce_plus_plus"), eps=eps, eps_in_variance=True)
+        scores = _scores(rewards, mask, "reinforce_plus_plus")
+        return whiten(scores, eps=eps, eps_in_variance=True, group=process_group)
     _scores(rewards, mask, "reinforce_plus_plus")  # its checks
     returns = discounted_returns(rewards, mask=mask, gamma=gamma, time_dim=1)
-    return whiten(returns, mask=mask, eps=eps, eps_in_variance=True)
+    return whiten(returns, mask=mask, eps=eps, eps_in_variance=True, group=process_group)
 
 
 def reinforce_plus_plus_baseline(
-    rewards: Tensor, group: Group, mask: Tensor | None = None, *, eps: float = 1e-8
+    rewards: Tensor, group: Group, mask: Tensor | None = None, *, eps: float = 1e-8, process_group: Any = None
 ) -> Tensor:
-    """s_i - μ, at each valid token, whitened over all valid tokens of the batch (Hu 2025, arXiv 2501.03262; verl, OpenRLHF)."""
-    return whiten(dr_grpo(rewards, group, mask), mask=mask, eps=eps, eps_in_variance=True)
+    """s_i - μ, at each valid token, whitened over all valid tokens of the batch (Hu 2025, arXiv 2501.03262; verl, OpenRLHF),
+    which is that of all ranks of `process_group`."""
+    return whiten(dr_grpo(rewards, group, mask), mask=mask, eps=eps, eps_in_variance=True, group=process_group)
 
 
 def remax(rewards: Tensor, baselines: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,4 +1,5 @@
-"""The command line: `ppo-fast train control`, `ppo-fast train language`, `ppo-fast bench`, `ppo-fast doctor`.
+"""The command line: `ppo-fast train control`, `ppo-fast train language`, the same with `ppo-fast ray`, `ppo-fast bench`,
+`ppo-fast doctor`.
 
 Each command imports what it needs when it runs, so that help comes at once. Exit codes: 0 done, 2 wrong input (one line
 says what was expected and what came; PPO_FAST_DEBUG=1 shows where, for those who debug their own environment), 130
@@ -56,6 +57,20 @@ def _parse(kind: Any, args: Sequence[str], prog: str, default: Any, **options: A
                 said = said[:end]
                 break
         raise UsageError(f"{' '.join(said)} ({prog} --help explains every flag)") from None
+
+
+def _parse_groups(args: Sequence[str], prog: str, doc: str | None, groups: dict[str, Any]) -> dict[str, Any]:
+    """Several dataclasses, each by its default, from one set of flags; each is a group of the help."""
+    import dataclasses
+
+    import tyro
+
+    fields: list[Any] = [(name, type(value), dataclasses.field(default=value)) for name, value in groups.items()]
+    kind: Any = dataclasses.make_dataclass("groups", fields, frozen=True)
+    kind.__doc__ = doc
+    flat: Any = tyro.conf.OmitArgPrefixes
+    parsed = _parse(flat[kind], _without_config(args), prog, kind())
+    return {name: getattr(parsed, name) for name in groups}
 
 
 def _file(args: Sequence[str]) -> Path | None:
@@ -121,27 +136,26 @@ def train_control(args: Sequence[str]) -> int:
     return 0 if train(config).finished else 130
 
 
-def _language_config(args: Sequence[str]) -> Any:
+def _language(args: Sequence[str], prog: str, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and what `more` groups of flags say."""
     import dataclasses
-
-    import tyro
 
     from .trainer.language.config import GROUPS, LanguageConfig
 
     file = _file(args)
     default = LanguageConfig.from_dict({} if file is None else LanguageConfig.load_fields(file), str(file))
     # one flat configuration, whose help comes in the groups that it is made of
-    groups: list[Any] = []
+    groups = {}
     for group in GROUPS:
         values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
-        groups.append(
-            (group.__name__.removesuffix("Fields").lower(), group, dataclasses.field(default=group(**values)))
-        )
-    kind = dataclasses.make_dataclass("language", groups, frozen=True)
-    kind.__doc__ = LanguageConfig.__doc__
-    flat: Any = tyro.conf.OmitArgPrefixes
-    parsed = _parse(flat[kind], _without_config(args), f"{PROG} train language", kind())
-    return LanguageConfig(**{k: v for group in vars(parsed).values() for k, v in vars(group).items()})
+        groups[group.__name__.removesuffix("Fields").lower()] = group(**values)
+    parsed = _parse_groups(args, prog, LanguageConfig.__doc__, {**groups, **more})
+    fields = {k: v for name in groups for k, v in vars(parsed[name]).items()}
+    return LanguageConfig(**fields), {name: parsed[name] for name in more}
+
+
+def _language_config(args: Sequence[str]) -> Any:
+    return _language(args, f"{PROG} train language", {})[0]
 
 
 def train_language(args: Sequence[str]) -> int:
@@ -178,6 +192,24 @@ def plot(args: Sequence[str]) -> int:
     from .trainer.plot import PlotConfig, run
 
     return run(_parse(PlotConfig, args, f"{PROG} plot", PlotConfig()))
+
+
+def ray_control(args: Sequence[str]) -> int:
+    """Train on a gymnasium environment with a Ray cluster: rollout workers for one learner, or several ranks."""
+    from .trainer import ray
+    from .trainer.config import ControlConfig
+
+    groups = {"ray": ray.RayOptions(), "control": _defaults(args)}
+    parsed = _parse_groups(args, f"{PROG} ray control", ControlConfig.__doc__, groups)
+    return ray.run(parsed["control"], parsed["ray"])
+
+
+def ray_language(args: Sequence[str]) -> int:
+    """Train a causal language model on the ranks of a Ray cluster."""
+    from .trainer import ray
+
+    config, parsed = _language(args, f"{PROG} ray language", {"ray": ray.RayOptions()})
+    return ray.run(config, parsed["ray"])
 
 
 def bench(args: Sequence[str]) -> int:
@@ -226,6 +258,8 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("tune", "control"): tune_control,
     ("tune", "language"): tune_language,
     ("plot",): plot,
+    ("ray", "control"): ray_control,
+    ("ray", "language"): ray_language,
     ("bench",): bench,
     ("doctor",): doctor,
 }
@@ -262,7 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, UsageError) as error:
         if os.environ.get("PPO_FAST_DEBUG"):
             raise
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        speaks = getattr(error, "speaks", None)
+        if os.environ.get("RANK", "0") == "0" if speaks is None else speaks:
+            print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in ("gymnasium", "rich", "tyro", "transformers", "tokenizers"):

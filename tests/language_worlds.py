@@ -94,13 +94,16 @@ def config_in(folder: Path, **changes) -> LanguageConfig:
     return LanguageConfig(**fields)
 
 
-def trainer_in(folder: Path, fields=LLAMA, double=False, **changes) -> Trainer:
+def trainer_in(folder: Path, fields=LLAMA, double=False, ranks=None, **changes) -> Trainer:
+    """`ranks`: as they are at the start of a run, in the default dtype."""
     config = config_in(folder, **changes)
     torch.manual_seed(config.seed)
     causal, tokenizer = build(model_file(folder, fields))
-    if double:
+    if double or torch.get_default_dtype() == torch.float64:
         causal = causal.double()
     task = Task(prompts.tokenize(RECORDS, tokenizer, 64, "test"), None, rewards.find(config.reward))
+    if ranks is not None:
+        return Trainer(config, causal, tokenizer, task, torch.device("cpu"), ranks)
     trainer = Trainer(config, causal, tokenizer, task, torch.device("cpu"))
     if trainer.policy.value_head is not None:  # not all 0, so that values matter
         torch.nn.init.normal_(trainer.policy.value_head.weight)

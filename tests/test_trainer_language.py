@@ -258,7 +258,7 @@ def test_rewards_advantages_and_kl_are_put_together(tmp_path):
     e = trainer.learner.experience(responses, scores, None)
     assert e.kl is not None and e.ref_log_prob is not None and e.values is not None and e.returns is not None
     reference_model = build(trainer.config.model)[0]
-    reference_model.load_state_dict(trainer.policy._reference[0].state_dict())
+    reference_model.load_state_dict(trainer.policy.references[0].causal.state_dict())
     for i in range(16):
         n = int(e.mask[i].sum())
         ids = responses.tokens[i][responses.attention[i]]
@@ -331,7 +331,7 @@ def test_lora_trains_adapters_only_and_the_reference_is_the_model_without(tmp_pa
     pytest.importorskip("peft")
     trainer = trainer_in(tmp_path, algorithm="grpo", lora_rank=2, learning_rate=0.05)
     assert all("lora" in name for name in trainer.policy.learned())
-    assert trainer.policy._reference == []
+    assert trainer.policy.references == []
     before = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
     tokens = torch.randint(258, (2, 9))
     with torch.no_grad():

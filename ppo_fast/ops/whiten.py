@@ -68,7 +68,7 @@ def whiten(
         if moments is not None and not differentiable:
             moments = moments.detach()
         if group is not None:
-            moments = _joined(reference.moments_of(x, mask) if moments is None else moments, group)
+            moments = joined_moments(reference.moments_of(x, mask) if moments is None else moments, group)
         return reference.whiten(x, mask=mask, ddof=ddof, eps=eps, shift_mean=shift_mean,
                                 eps_in_variance=eps_in_variance, moments=moments)  # fmt: skip
     _checks.floating("whiten", x=x)
@@ -78,7 +78,7 @@ def whiten(
         if moments is None:
             moments = torch.empty(3, dtype=torch.float64, device=x.device)
             backend.ops.whiten(x, mask, None, moments, False, *options)
-        moments = _joined(moments.detach(), group).to(x.device)
+        moments = joined_moments(moments.detach(), group).to(x.device)
     elif moments is not None:
         moments = moments.detach().contiguous()
     backend.ops.whiten(x, mask, out, moments, moments is not None, *options)
@@ -100,7 +100,7 @@ def _check_moments(x: Tensor, moments: Tensor) -> None:
         _checks.same_device("whiten", x, moments=moments)
 
 
-def _joined(local: Tensor, group: Any) -> Tensor:
+def joined_moments(local: Tensor, group: Any) -> Tensor:
     """Count, mean and m2 over all ranks from each rank's, joined in rank order."""
     local = local.contiguous()
     parts = [torch.empty_like(local) for _ in range(torch.distributed.get_world_size(group))]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .errors import UserError, one_line
+from .sharding import full
 
 FORMAT = "ppo_fast.control"
 VERSION = 2
@@ -49,13 +50,19 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def on_host(state: Any) -> Any:
-    """A copy of plain data whose tensors lie in host memory, so that any machine can load it."""
+def on_host(state: Any, keep: bool = True) -> Any:
+    """A copy of plain data whose tensors lie in host memory, so that any machine can load it.
+
+    Sharded tensors are gathered, one after the other, in which all ranks take part; who does not `keep` them gets None.
+    """
     if isinstance(state, dict):
-        return {key: on_host(value) for key, value in state.items()}
+        return {key: on_host(value, keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(on_host, state))
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+        return type(state)(on_host(value, keep) for value in state)
+    if not isinstance(state, torch.Tensor):
+        return state
+    whole = full(state)
+    return whole.detach().to("cpu", copy=True) if keep else None
 
 
 def save(path: Path, state: dict[str, Any], kind: str = FORMAT) -> None:

@@ -22,6 +22,7 @@ from .config import ControlConfig
 from .errors import UserError, one_line
 
 MakeEnv = Callable[[], gym.Env]
+EnvState = tuple[int, np.ndarray]  # number of the episode, and its actions so far
 AUTORESET = {"same_step": AutoresetMode.SAME_STEP, "next_step": AutoresetMode.NEXT_STEP}
 
 
@@ -77,7 +78,14 @@ class ReplayEnv(gym.Wrapper):
         return transition
 
 
-def restore(envs: VectorEnv, states: list[tuple[int, np.ndarray]]) -> tuple[Any, dict[str, Any]]:
+def reset(envs: VectorEnv, config: ControlConfig) -> tuple[Any, dict[str, Any]]:
+    try:
+        return envs.reset()
+    except Exception as error:  # an environment may raise anything; it stays attached as the cause
+        raise UserError(f"environment {config.env_id} failed to reset: {one_line(error)}") from error
+
+
+def restore(envs: VectorEnv, states: list[EnvState]) -> tuple[Any, dict[str, Any]]:
     """Brings environments back to `states`; observations and infos as after the last step then."""
     envs.reset()  # else an environment whose episode has just ended would spend the coming step on its autoreset
     envs.call("arm_restore", states)  # type: ignore[attr-defined]
@@ -88,7 +96,7 @@ def restore(envs: VectorEnv, states: list[tuple[int, np.ndarray]]) -> tuple[Any,
     return obs, info
 
 
-def replay_states(envs: VectorEnv) -> list[tuple[int, np.ndarray]]:
+def replay_states(envs: VectorEnv) -> list[EnvState]:
     return list(envs.call("replay_state"))  # type: ignore[attr-defined]
 
 
@@ -143,8 +151,8 @@ class SerialVectorEnv(SyncVectorEnv):
         return self._observations, self._rewards, self._terminations, self._truncations, infos
 
 
-def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorEnv:
-    """The vector environment of a run; `make_env` overrides `config.env_id`."""
+def make_envs(config: ControlConfig, make_env: MakeEnv | None = None, first: int = 0) -> VectorEnv:
+    """The vector environment of a run; `make_env` overrides `config.env_id`. `first`: number of the first environment."""
 
     def factory(index: int) -> MakeEnv:
         def make() -> gym.Env:
@@ -155,10 +163,10 @@ def make_envs(config: ControlConfig, make_env: MakeEnv | None = None) -> VectorE
 
         return make
 
-    first = factory(0)()  # errors of making one come from here, with their message, not out of a worker
-    plain = isinstance(first.observation_space, (spaces.Box, spaces.Discrete))
-    first.close()
-    factories = [factory(i) for i in range(config.num_envs)]
+    probe = factory(first)()  # errors of making one come from here, with their message, not out of a worker
+    plain = isinstance(probe.observation_space, (spaces.Box, spaces.Discrete))
+    probe.close()
+    factories = [factory(first + i) for i in range(config.num_envs)]
     mode = AUTORESET[config.autoreset]
     if config.vectorization == "async":
         return AsyncVectorEnv(factories, copy=False, autoreset_mode=mode)

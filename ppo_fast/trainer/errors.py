@@ -9,6 +9,9 @@ class UserError(Exception):
     The command line prints it and exits with code 2; nothing is half-written when it is raised.
     """
 
+    #: Of several ranks: whether this one prints it. None: all raise the same, and the first prints.
+    speaks: bool | None = None
+
 
 def one_line(error: BaseException) -> str:
     """An exception as part of a one-line message: its type and the first line that says something."""

@@ -23,10 +23,14 @@ class RunningMoments:
             return
         batch = np.asarray(batch, np.float64)
         mean = batch.mean(0)
+        self.merge(rows, mean, np.square(batch - mean).sum(0))
+
+    def merge(self, count: float, mean: np.ndarray, m2: np.ndarray) -> None:
+        """Adds the moments of `count` > 0 further rows."""
         delta = mean - self.mean
-        total = self.count + rows
-        self.m2 = self.m2 + np.square(batch - mean).sum(0) + np.square(delta) * (self.count * rows / total)
-        self.mean = self.mean + delta * (rows / total)
+        total = self.count + count
+        self.m2 = self.m2 + m2 + np.square(delta) * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
         self.count = total
 
     @property

@@ -210,14 +210,14 @@ class RecurrentLearner(Learner):
         states = rollout.before(slice(0, -1)).view(-1, self.net.state_size)[starts]
         return RecurrentBatch(super().batch(rollout, normalizer), sequences, states)
 
-    def pieces(self, batch: Batch, rows: Tensor) -> Iterator[Padded]:
+    def pieces(self, batch: Batch, rows: Tensor) -> Iterator[tuple[Padded, float]]:
         assert isinstance(batch, RecurrentBatch)
         strips = self.config.num_strips
         order = torch.randperm(strips, generator=self.generator)
         for strip in order.tensor_split(min(self.config.num_minibatches, strips)):
             chosen = np.flatnonzero(np.isin(batch.sequences.strip, strip.numpy()))
             if len(chosen):  # strips of one step may hold nothing but fillers
-                yield pad(batch.sequences, chosen, batch.states)
+                yield pad(batch.sequences, chosen, batch.states), 1.0
 
     def forward(self, batch: Batch, index: Any) -> tuple[Tensor, Tensor, Tensor]:
         return *self.net(batch.obs[index.grid], index.there, index.state), index.rows

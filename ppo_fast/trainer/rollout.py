@@ -26,6 +26,7 @@ from torch import Tensor
 from .compress import rollout_actor
 from .config import ControlConfig
 from .device import Twin, upload
+from .distributed import ALONE, Ranks
 from .errors import UserError, one_line
 from .networks import ActorCritic
 from .normalize import ObservationNormalizer
@@ -52,9 +53,10 @@ class Collector:
         net: ActorCritic,
         normalizer: ObservationNormalizer | None,
         generator: torch.Generator,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.envs, self.codec, self.policy, self.net = config, envs, codec, policy, net
-        self.normalizer, self.generator = normalizer, generator
+        self.normalizer, self.generator, self.ranks = normalizer, generator, ranks
         t, n, self.device = config.num_steps, config.num_envs, net.log_std.device
         self.seen = Twin((t + 1, n, codec.dim), self.device)
         self.obs = self.seen.device  # what the networks see
@@ -103,7 +105,7 @@ class Collector:
             self.allowed.host[0].copy_(self.allowed.host[-1].clone())
         self.final_index, self.final_obs = [], []
         self.valid[:] = True
-        self.policy.noise(self.noise.host, self.generator)
+        self.ranks.noise(self.policy, self.noise.host, self.generator)
         self.noise.upload()
         with torch.inference_mode():
             self._loop()

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from . import checkpoint
+from .distributed import ALONE, Ranks
 from .errors import UserError, one_line
 from .fields import RunFields
 from .report import EPISODE_COLUMNS, TensorBoard, draw_curve, read_episodes, tensorboard_scalars
@@ -25,26 +26,34 @@ OnIteration = Callable[[dict[str, Any]], None]
 
 
 class Interrupt:
-    """Ctrl-C asks for a stop at the end of the iteration, where a checkpoint is exact; a second one stops at once."""
+    """Ctrl-C asks for a stop at the end of the iteration, where a checkpoint is exact; a second one stops at once.
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.requested = console, False
-        self._previous: Any = None
+    With several `ranks` both Ctrl-C and the SIGTERM that torchrun or a cluster passes on ask for it, any number of them:
+    one rank alone cannot stop at once, and who is not done in 30 s is killed by torchrun.
+    """
+
+    def __init__(self, console: Console, ranks: Ranks = ALONE) -> None:
+        self.console, self.ranks, self.requested = console, ranks, False
+        self._signals = [signal.SIGINT] if ranks.alone else [signal.SIGINT, signal.SIGTERM]
+        self._previous: dict[Any, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, *_: object) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if self.ranks.alone:
+                raise KeyboardInterrupt
+            return
         self.requested = True
-        self.console.print("stopping after this iteration; Ctrl-C again stops at once, at the last checkpoint")
+        again = "Ctrl-C again stops at once, at the last checkpoint" if self.ranks.alone else "all ranks together"
+        self.console.print(f"stopping after this iteration; {again}")
 
 
 def resume_command(path: Path, command: str = "control") -> str:
@@ -65,6 +74,12 @@ def load_checkpoint(config: RunFields) -> dict[str, Any] | None:
             f"--resume: expected the configuration that {config.folder} was started with, got {'; '.join(changed)}"
         )
     return state
+
+
+def iterations_of(state: dict[str, Any] | None) -> int | None:
+    """How far a checkpoint is; None without one, or in one that will not load."""
+    now = (state or {}).get("now")
+    return now.get("iteration") if isinstance(now, dict) else None
 
 
 def need_packages(config: RunFields, extra: str) -> None:
@@ -154,9 +169,10 @@ class Session:
         checkpoint.save(self.run.path / CHECKPOINT, state, self.config.kind)
         self._saved_at, self._saved_step = time.perf_counter(), self.step
 
-    def save_if_due(self) -> None:
-        if time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds:
-            self.save()
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds
 
     def finish(self) -> list[tuple[str, Path]]:
         """Last checkpoint and plot; the files that a summary names."""

@@ -20,7 +20,9 @@ from ppo_fast.config import STATS
 from ppo_fast.reductions import token_weights
 
 from ..compress import correction
+from ..distributed import ALONE, Ranks
 from ..errors import UserError
+from ..sharding import full
 from .config import LanguageConfig
 from .model import Policy
 from .sampling import Responses
@@ -55,8 +57,10 @@ def crop(responses: Responses, index: Tensor) -> tuple[Tensor, Tensor, int, int]
 class Learner:
     """Owns the optimiser and the KL controller."""
 
-    def __init__(self, config: LanguageConfig, policy: Policy, generator: torch.Generator) -> None:
-        self.config, self.policy, self.generator = config, policy, generator
+    def __init__(
+        self, config: LanguageConfig, policy: Policy, generator: torch.Generator, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.policy, self.generator, self.ranks = config, policy, generator, ranks
         self.parameters = list(policy.learned().values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -76,6 +80,9 @@ class Learner:
     @torch.no_grad()
     def log_probs(self, responses: Responses, values: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-prob of each response token, entropy there, and value before it, [B, R]; padding 0."""
+        return self.policy.run(self._log_probs, responses, values)
+
+    def _log_probs(self, responses: Responses, values: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         policy, shape = self.policy, responses.mask.shape
         found = [torch.zeros(shape, device=responses.tokens.device) for _ in range(2 + values)]
         for index in torch.arange(shape[0], device=responses.tokens.device).split(self._micro(shape[0])):
@@ -101,10 +108,11 @@ class Learner:
         mask = responses.mask
         if config.mask_truncated:
             mask = mask & responses.finished[:, None]
-        if not bool(mask.any()):
+        if not self.ranks.any(bool(mask.any())):
             raise UserError(
-                f"--mask-truncated: expected a response that ends by itself, got {len(mask)} that were cut at --max-new-tokens "
-                f"{config.max_new_tokens}, sample 0 among them: nothing is left to learn from; start a run with more tokens"
+                f"--mask-truncated: expected a response that ends by itself, got {config.num_responses} that were cut at "
+                f"--max-new-tokens {config.max_new_tokens}, sample 0 among them: nothing is left to learn from; start a run with "
+                "more tokens"
             )
         old_log_prob, entropy, values = self.log_probs(responses, values=policy.value_head is not None)
         ref_log_prob = kl = None
@@ -126,12 +134,16 @@ class Learner:
                 rewards, values, mask=mask, gamma=config.gamma, lam=lam, time_dim=1, moments=True
             )  # a response that was cut counts as ended: its score is all it gets
             if config.whiten_advantages:
-                advantages = pf.whiten(advantages, mask=mask, moments=moments, eps_in_variance=True)
+                advantages = pf.whiten(
+                    advantages, mask=mask, moments=moments, eps_in_variance=True, group=self.ranks.group
+                )
         elif config.algorithm == "remax":
             assert baselines is not None
             advantages = estimators.remax(rewards, baselines, mask)
         else:
             options: dict[str, Any] = {"gamma": config.gamma} if config.algorithm == "reinforce_plus_plus" else {}
+            if config.algorithm in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+                options["process_group"] = self.ranks.group
             advantages = estimators.ESTIMATORS[config.algorithm](rewards, config.group, mask, **options)
         return Experience(responses, mask, old_log_prob, entropy, ref_log_prob, values, advantages, returns, kl)
 
@@ -140,30 +152,42 @@ class Learner:
     def _micro(self, n: int) -> int:
         return self.config.micro_batch or n
 
-    def weights(self, mask: Tensor) -> Tensor:
-        """w_t of a minibatch [B, R]: the loss is Σ w_t·l_t."""
+    def weights(self, mask: Tensor, lengths: Tensor) -> Tensor:
+        """w_t of the rows [b, R] that are here of a minibatch of `lengths` [B]: the loss is Σ w_t·l_t over all of it."""
         like, reduction = mask.to(self.policy.head.weight.dtype), self.config.reduction
         if reduction == "token-sum-norm":
-            return token_weights(like, mask, "sum", None, float(len(mask) * self.config.max_new_tokens), None)
-        return token_weights(like, mask, reduction, None, None, None)
+            return token_weights(like, mask, "sum", None, float(len(lengths) * self.config.max_new_tokens), None)
+        count = lengths.sum() if reduction == "token-mean" else (lengths > 0).sum()
+        return token_weights(like, mask, reduction, None, count.clamp(min=1).to(like.dtype), None)
 
-    def backward(self, experience: Experience, index: Tensor) -> Tensor:
-        """Adds the gradient of the minibatch `index` to the parameters'; statistics, in order of SUMS and MEANS."""
-        mask = experience.mask[index]
-        weights, stats = self.weights(mask), torch.zeros(len(SUMS) + len(MEANS), device=mask.device)
-        for piece in torch.arange(len(index), device=index.device).split(self._micro(len(index))):
-            count = int(mask[piece].sum())
-            if count:  # no term of the loss is in a piece that is masked as a whole
-                vector = self._piece(experience, index[piece], weights[piece])
+    def backward(self, experience: Experience, whole: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Adds the gradient of the minibatch `whole` to the parameters'; this rank's part of its statistics, in order of
+        SUMS and MEANS. `lengths`: tokens in each response of all ranks, into which `whole` points."""
+        if lengths is None:
+            lengths = self.ranks.rows(experience.mask.sum(1))
+        index = self.ranks.mine(whole, len(lengths))
+        weights, total = self.weights(experience.mask[index], lengths[whole]), int(lengths[whole].sum())
+        stats, micro = torch.zeros(len(SUMS) + len(MEANS), device=index.device), self._micro(len(whole))
+        for begin in range(0, self.ranks.most(whole, len(lengths)), micro):
+            rows, w = index[begin : begin + micro], weights[begin : begin + micro]
+            count = int((w > 0).sum())
+            if not count:  # no term of the loss is in a piece that is masked as a whole
+                if self.ranks.alone:
+                    continue
+                # but other ranks wait for its gradients
+                rows, w = index.new_zeros(1), weights.new_zeros(1, weights.shape[1])
+            loss, vector = self.policy.run(self._piece, experience, rows, w)
+            loss.backward()
+            if count:
                 sums = vector[[STATS.index(name) for name in SUMS]]
-                means = vector[[STATS.index(name) for name in MEANS]] * (count / int(mask.sum()))
+                means = vector[[STATS.index(name) for name in MEANS]] * (count / total)
                 stats += torch.cat([sums, means]).to(stats.dtype)
         return stats
 
-    def _piece(self, experience: Experience, index: Tensor, weights: Tensor) -> Tensor:
+    def _piece(self, experience: Experience, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         policy, config = self.policy, self.loss_config
         tokens, attention, start, length = crop(experience.responses, index)
-        rows = experience.mask[index, :length]
+        rows = weights[:, :length] > 0
 
         def stored(x: Any) -> Any:
             return None if x is None else x[index, :length][rows]
@@ -183,25 +207,24 @@ class Learner:
                 rollout_log_prob=stored(experience.responses.log_prob) if config.rollout_correction else None,
                 weights=weights[:, :length][rows], cu_seqlens=borders,
             )  # fmt: skip
-        out.loss.backward()
-        return out.stats.vector
+        return self.ranks.weighted(out.loss, 1.0), out.stats.vector
 
     def update(self, experience: Experience, learning_rate: float) -> dict[str, float]:
         """Epochs over a rollout; mean statistics."""
-        config, n = self.config, len(experience.mask)
+        config, lengths = self.config, self.ranks.rows(experience.mask.sum(1))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.loss_config.kl is not None:
             self.loss_config = dataclasses.replace(self.loss_config, kl_coef=self.kl.coef)
         taken = []
         for _ in range(config.epochs):
-            order = torch.randperm(n, generator=self.generator).to(experience.mask.device)
-            for index in order.tensor_split(config.num_minibatches):
-                if not bool(experience.mask[index].any()):
+            order = torch.randperm(len(lengths), generator=self.generator).to(lengths.device)
+            for whole in order.tensor_split(config.num_minibatches):
+                if not bool(lengths[whole].any()):
                     continue
                 self.optimizer.zero_grad()
-                stats = self.backward(experience, index)
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                stats = self.backward(experience, whole, lengths)
+                norm = full(torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
                 if not math.isfinite(float(norm)):
                     raise UserError(
                         "training diverged: the gradient is not finite; expected a lower --learning-rate than "
@@ -209,8 +232,9 @@ class Learner:
                     )
                 self.optimizer.step()
                 taken.append(torch.cat([stats, norm[None]]))
-        names = (*SUMS, *MEANS, "grad_norm")
-        named = dict(zip(names, torch.stack(taken).mean(0).tolist(), strict=True))
+        names, means = (*SUMS, *MEANS, "grad_norm"), torch.stack(taken).mean(0)
+        means[:-1] = self.ranks.sum(means[:-1])
+        named = dict(zip(names, means.tolist(), strict=True))
         if experience.kl is not None:
-            self.kl.update(float(experience.kl.mean()), n)
+            self.kl.update(float(self.ranks.mean(experience.kl)), len(lengths))
         return named

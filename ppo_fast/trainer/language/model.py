@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,29 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that `from_pretrained` reads: whole, or as it was before. With adapters: the adapters alone."""
+def save(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """A folder that `from_pretrained` reads: whole, or as it was before. With adapters: the adapters alone. `state_dict`: of
+    a model whose own is sharded."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+class Reference(nn.Module):
+    """A frozen model; called as a policy is."""
+
+    def __init__(self, causal: Any) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
+        return compute(*args)
 
 
 class Policy(nn.Module):
@@ -124,11 +139,21 @@ class Policy(nn.Module):
         self.to(device)
         self.eval()
         frozen = self.needs_reference(config) and not self.adapters
-        self._reference = [copy.deepcopy(causal).requires_grad_(False)] if frozen else []  # no parameter of ours
+        # in lists: no parameters of ours
+        self.references = [Reference(copy.deepcopy(causal).requires_grad_(False))] if frozen else []
+        self._gathers: list[Any] = [self]
 
     @staticmethod
     def needs_reference(config: LanguageConfig) -> bool:
         return config.kl_coef > 0
+
+    def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
+        """`compute(*args)`. Where parameters are sharded, the hooks around this gather them, and scatter their gradients."""
+        return compute(*args)
+
+    def run(self, compute: Callable[..., Any], *args: Any) -> Any:
+        """`compute(*args)`, which uses the head; as the reference where that stands in for the policy."""
+        return self._gathers[-1](compute, *args)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """What is trained, by name; a tied weight once."""
@@ -167,18 +192,22 @@ class Policy(nn.Module):
             finally:
                 self.causal.enable_adapters()
         else:
-            with self.standing_in(self._reference[0]):
+            with self.standing_in(self.references[0].causal, self.references[0]):
                 yield
 
     @contextlib.contextmanager
-    def standing_in(self, causal: Any):
-        """Within, `causal` is the model."""
+    def standing_in(self, causal: Any, root: Any = None):
+        """Within, `causal` is the model; `root`: what gathers its parameters, where they are sharded."""
         mine = self.causal, self.head
         self.causal, self.head = causal, causal.get_output_embeddings()
+        if root is not None:
+            self._gathers.append(root)
         try:
             yield
         finally:
             self.causal, self.head = mine
+            if root is not None:
+                self._gathers.pop()
 
 
 def _add_adapters(causal: Any, config: LanguageConfig) -> None:

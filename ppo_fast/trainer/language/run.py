@@ -14,10 +14,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from .. import session
+from .. import distributed, session
 from ..device import find_device
+from ..distributed import Ranks
 from ..errors import UserError, one_line
-from ..rundir import CsvLog, GrowingLog, RunDir, claim
+from ..rundir import CsvLog, GrowingLog, RunDir
 from ..session import OnIteration
 from . import model, prompts, rewards
 from .config import LanguageConfig
@@ -67,7 +68,7 @@ class Session(session.Session):
         """Last checkpoint, model and plot; the files that a summary names."""
         self.save()
         trainer, path = self.trainer, self.run.path
-        model.save(trainer.policy.causal, trainer.tokenizer, path / RESULT)
+        model.save(trainer.policy.causal, trainer.tokenizer, path / RESULT, trainer.weights())
         files = [("model", path / RESULT), ("checkpoint", path / "checkpoint.pt"), ("progress", self.progress.path)]
         files.append(("responses", self.rollouts.path))
         if self.config.plot:
@@ -75,6 +76,15 @@ class Session(session.Session):
             self.run.write("curve.png", draw_curve(self.progress.path, trainer.now.first_eval, title))
             files.append(("learning curve", path / "curve.png"))
         return files
+
+
+class Follower(distributed.Follower):
+    """The other ranks' part in it."""
+
+    def finish(self) -> list[Any]:
+        self.save()
+        self.trainer.weights()
+        return []
 
 
 def train(
@@ -85,6 +95,8 @@ def train(
     Raises `UserError` for wrong input, for a reward function that fails, and for a folder that cannot be written; what was
     written before stays whole and can be resumed. Seeds the global generators, for reward functions that draw from them.
     `on_iteration` gets the row of progress.csv of each iteration, and ends the run by what it raises.
+
+    In a process group, of torchrun or made by the caller, every rank calls this alike: one run on all of them.
     """
     console = Console() if console is None else console
     threads, verbosity = torch.get_num_threads(), transformers.utils.logging.get_verbosity()
@@ -92,7 +104,8 @@ def train(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return _train(config, console, on_iteration)
+        with distributed.joined(config) as ranks:
+            return _train(config, console if ranks.leads else Console(quiet=True), ranks, on_iteration)
     finally:
         torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity(verbosity)
@@ -116,9 +129,11 @@ def _task(config: LanguageConfig, tokenizer: Any) -> Task:
     )
 
 
-def _train(config: LanguageConfig, console: Console, on_iteration: OnIteration | None) -> TrainResult:
+def _train(config: LanguageConfig, console: Console, ranks: Ranks, on_iteration: OnIteration | None) -> TrainResult:
     session.need_packages(config, "language")
-    state, device = session.load_checkpoint(config), find_device(config)
+    state = session.load_checkpoint(config)
+    ranks.agree("--resume: iterations in the checkpoint", session.iterations_of(state))
+    device = find_device(ranks.local(config, "num_responses", config.group))
     built = not config.model or config.model.endswith(".json")
 
     def say(text: str) -> None:
@@ -131,28 +146,35 @@ def _train(config: LanguageConfig, console: Console, on_iteration: OnIteration |
     else:
         causal, tokenizer = model.build(config.model) if built else model.load(Path(config.model))
     task = _task(config, tokenizer)
-    trainer = Trainer(config, causal, tokenizer, task, device)
-    with claim(config) as run:
+    starts = state is None and built  # sharded only once it has learned to answer
+    trainer = Trainer(config, causal, tokenizer, task, device, distributed.ALONE if starts else ranks)
+    with ranks.claim(config) as run:
         try:
             session.announce(run, config, state, say, "language")
-            if state is None and built:
-                trainer = _start(trainer, run, say)
+            if starts:
+                trainer = _start(trainer, run, say, ranks)
             return _loop(trainer, run, state, console, say, on_iteration)
         except OSError as error:
             raise UserError(f"--run-dir: {run.path} cannot be written ({one_line(error)})") from error
 
 
-def _start(trainer: Trainer, run: RunDir, say: Any) -> Trainer:
-    """A supervised start of a built model, without adapters, and the folder that a resumed run takes it from."""
+def _start(trainer: Trainer, run: RunDir, say: Any, ranks: Ranks) -> Trainer:
+    """A supervised start of a built model, without adapters, and the folder that a resumed run takes it from.
+
+    Every rank does the same: none waits, and what is built here is small.
+    """
     config = trainer.config
-    run.write("config.json", config.dumps().encode())  # marks the folder as ours
+    if ranks.leads:
+        run.write("config.json", config.dumps().encode())  # marks the folder as ours
     torch.manual_seed(config.seed)
     whole = dataclasses.replace(config, lora_rank=0, kl_coef=0.0, kl_target=None)
     first = Trainer(whole, *model.build(config.model), trainer.task, trainer.device)
     if config.warm_start_accuracy > 0:
         warm_start(first, say)
-    model.save(first.policy.causal, first.tokenizer, run.path / START)
-    again = Trainer(config, *model.load(run.path / START), trainer.task, trainer.device)
+    if ranks.leads:
+        model.save(first.policy.causal, first.tokenizer, run.path / START)
+    ranks.gather(None)  # before it is there nobody can read it
+    again = Trainer(config, *model.load(run.path / START), trainer.task, trainer.device, ranks)
     again.now.seconds["warm start"] = first.now.seconds["warm start"]
     return again
 
@@ -165,25 +187,28 @@ def _loop(
     say: Any,
     on_iteration: OnIteration | None,
 ) -> TrainResult:
-    config, finished, files = trainer.config, True, []
-    log = Session(trainer, run, state, say)
+    config, finished = trainer.config, True
+    files: list[Any] = []
+    ranks = trainer.ranks
+    log = Session(trainer, run, state, say) if ranks.leads else Follower(trainer, state)
     with contextlib.closing(log):
         if state is None:
             log.save()  # whatever fails next, this is there to go on from
         live = LiveProgress(config, console)
         try:
-            with session.Interrupt(console) as interrupt:
+            with session.Interrupt(console, ranks) as interrupt:
                 while not trainer.finished:
                     samples, row = trainer.iterate()
                     log.log(samples, row)
                     live.update(trainer.now, row, samples)
                     if on_iteration is not None:
                         on_iteration(row)
-                    if interrupt.requested:
+                    if ranks.any(interrupt.requested):
                         log.save()
                         finished = trainer.finished
                         break
-                    log.save_if_due()
+                    if ranks.any(log.due):
+                        log.save()
         finally:
             live.close()
         if finished:

@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import checkpoint
 from ..compress import MISMATCH, check, compressed, mismatch
+from ..distributed import ALONE, Ranks
+from ..errors import UserError
+from ..sharding import gathered, like
 from .config import LanguageConfig
 from .learner import Experience, Learner
 from .model import Policy
@@ -66,21 +69,32 @@ class Trainer:
     """`causal` and `tokenizer` are where training starts; the reference is a copy of them."""
 
     def __init__(
-        self, config: LanguageConfig, causal: Any, tokenizer: PreTrainedTokenizerBase, task: Task, device: torch.device
-    ) -> None:
+        self, config: LanguageConfig, causal: Any, tokenizer: PreTrainedTokenizerBase, task: Task, device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         check(config)
-        self.config, self.tokenizer, self.task, self.device = config, tokenizer, task, device
-        random.seed(config.seed)  # the global generators are for reward functions that use them
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
+        if not ranks.alone and config.rollout_policy != "full":
+            raise UserError(f"--rollout-policy: expected full on {ranks.size} ranks, got {config.rollout_policy}")
+        self.config, self.tokenizer, self.task, self.device, self.ranks = config, tokenizer, task, device, ranks
+        self._seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.sampler = torch.Generator(device).manual_seed(config.seed)
         self.policy = Policy(causal, config, device)
-        self.learner = Learner(config, self.policy, self.generator)
+        ranks.shard(self.policy)
+        self.learner = Learner(config, self.policy, self.generator, ranks)
+        if not ranks.alone:
+            self._seed(ranks.seed(config.seed))  # the parameters are there: from here on each rank draws its own
+        self.sampler = torch.Generator(device).manual_seed(ranks.seed(config.seed))
         self.ends = end_tokens(causal, tokenizer, device)
         self.order, self.at = torch.empty(0, dtype=torch.int64), 0
         self.now = Now()
         self._since = time.perf_counter()
+
+    @staticmethod
+    def _seed(seed: int) -> None:
+        """The global generators, for reward functions that use them."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
 
     # --- the parts of an iteration --------------------------------------------------------------------------------------
 
@@ -92,7 +106,7 @@ class Trainer:
         self.now.seconds[what] += self._since - before
 
     def _next_prompts(self) -> list[int]:
-        """Prompts in random order, each once before one comes again."""
+        """Prompts in random order, each once before one comes again; of those of all ranks, this one's."""
         taken: list[int] = []
         count = self.config.num_responses // self.config.group
         while len(taken) < count:
@@ -102,7 +116,7 @@ class Trainer:
             more = self.order[self.at : stop].tolist()
             self.at += len(more)
             taken += more
-        return taken
+        return taken[self.ranks.block(count)]
 
     def respond(self, prompts: Prompts, index: list[int], greedy: bool = False) -> Responses:
         config, pad = self.config, int(self.tokenizer.pad_token_id or 0)
@@ -133,9 +147,12 @@ class Trainer:
         if held_out is None:
             return float("nan")
         self._since = time.perf_counter()
-        index = list(range(len(held_out)))
-        rewards, *_ = self.score(held_out, index, self.respond(held_out, index, greedy=True))
-        self.now.last_eval = float(rewards.mean())
+        index = list(range(self.ranks.rank, len(held_out), self.ranks.size))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with gathered(self.policy):
+            if index:
+                total += self.score(held_out, index, self.respond(held_out, index, greedy=True))[0].double().sum()
+        self.now.last_eval = float(self.ranks.sum(total)) / len(held_out)
         self._clock("evaluation")
         return self.now.last_eval
 
@@ -146,9 +163,10 @@ class Trainer:
             now.first_eval = self.evaluate()
         self._since = start = time.perf_counter()
         index = [i for i in self._next_prompts() for _ in range(config.group)]
-        with self.policy.standing_in(compressed(self.policy.causal, config)):
-            responses = self.respond(task.train, index)
-        greedy = self.respond(task.train, index[:: config.group], True) if config.algorithm == "remax" else None
+        with gathered(self.policy):
+            with self.policy.standing_in(compressed(self.policy.causal, config)):
+                responses = self.respond(task.train, index)
+            greedy = self.respond(task.train, index[:: config.group], True) if config.algorithm == "remax" else None
         self._clock("sampling")
         scores, texts, completions = self.score(task.train, index, responses)
         baselines = None
@@ -164,12 +182,13 @@ class Trainer:
         self._clock("update")
 
         now.iteration += 1
-        now.responses += len(index)
-        now.tokens += int(responses.mask.sum())
-        now.reward = float(scores.mean())
+        now.responses += config.num_responses
+        now.tokens += int(self.ranks.sum(responses.mask.sum()))
+        now.reward = float(self.ranks.mean(scores))
         last = now.iteration == config.iterations
         evaluated = self.evaluate() if last or now.iteration % config.eval_every == 0 else float("nan")
-        row.update(describe(responses, scores, experience, config), iteration=now.iteration, responses=now.responses,
+        row.update(describe(responses, scores, experience, config, self.ranks), iteration=now.iteration,
+                   responses=now.responses,
                    tokens=now.tokens, eval_reward=evaluated, kl_coef=kl_coef, learning_rate=learning_rate,
                    seconds=time.perf_counter() - start)  # fmt: skip
         shown = range(0, len(index), max(1, len(index) // max(1, config.logged_responses)))[: config.logged_responses]
@@ -190,16 +209,32 @@ class Trainer:
     # --- state ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: later training does not change it."""
+        """A snapshot: later training does not change it. That of the run, on the first rank."""
         learned = {"parameters": self.policy.learned(), "optimizer": self.learner.optimizer.state_dict()}
+        whole = checkpoint.on_host(learned, keep=self.ranks.leads)
+        drawn = self.ranks.collect((self.sampler.get_state(), checkpoint.global_rng_state()))
+        if drawn is None:
+            return {}
+        (sampler, rng), *others = drawn
         return {
-            **checkpoint.on_host(learned), "kl_coef": self.learner.kl.coef, "order": self.order, "at": self.at,
-            "generator": self.generator.get_state(), "sampler": self.sampler.get_state(),
-            "global_rng": checkpoint.global_rng_state(), "now": asdict(self.now),
+            **whole, "kl_coef": self.learner.kl.coef, "order": self.order, "at": self.at,
+            "generator": self.generator.get_state(), "sampler": sampler, "global_rng": rng, "now": asdict(self.now),
+            **({"other_ranks": [list(states) for states in others]} if others else {}),
         }  # fmt: skip
 
+    def weights(self) -> dict[str, Tensor] | None:
+        """What to save the model from, where it is sharded: on the host of the first rank."""
+        if self.ranks.alone:
+            return None
+        named = list(self.policy.causal.named_parameters(remove_duplicate=False))
+        kept: dict[int, Any] = {}  # a tied weight once
+        for _, p in named:
+            if id(p) not in kept:
+                kept[id(p)] = checkpoint.on_host(p, self.ranks.leads)
+        return {name: kept[id(p)] for name, p in named} if self.ranks.leads else None
+
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Puts everything back, exactly."""
+        """Puts everything back, exactly; where the number of ranks is another, random numbers that each draws start anew."""
         learned = self.policy.learned()
         if learned.keys() != state["parameters"].keys():
             raise ValueError("parameters of another model")
@@ -207,14 +242,25 @@ class Trainer:
             for name, parameter in learned.items():
                 if parameter.shape != state["parameters"][name].shape:
                     raise ValueError(f"{name} has another shape")
-                parameter.copy_(state["parameters"][name])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(like(state["parameters"][name], parameter))
+        moments = {
+            i: {k: like(x, self.learner.parameters[i]) if k.startswith("exp_avg") else x for k, x in held.items()}
+            for i, held in state["optimizer"]["state"].items()
+        }
+        self.learner.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.learner.kl.coef = float(state["kl_coef"])
         self.order, self.at = state["order"], int(state["at"])
         self.generator.set_state(state["generator"])
-        self.sampler.set_state(state["sampler"])
         self.now = Now(**state["now"])
-        checkpoint.set_global_rng_state(state["global_rng"])
+        drawn = [(state["sampler"], state["global_rng"]), *state.get("other_ranks", [])]
+        if self.ranks.rank < len(drawn):
+            sampler, rng = drawn[self.ranks.rank]
+            self.sampler.set_state(sampler)
+            checkpoint.set_global_rng_state(rng)
+        else:
+            seed = self.ranks.seed(self.config.seed, self.now.iteration)
+            self.sampler.manual_seed(seed)
+            self._seed(seed)
         return True
 
 
@@ -225,21 +271,29 @@ def end_tokens(causal: Any, tokenizer: PreTrainedTokenizerBase, device: torch.de
     return torch.tensor(sorted(ends), device=device)
 
 
-def describe(responses: Responses, scores: Tensor, experience: Experience, config: LanguageConfig) -> dict[str, float]:
-    """Statistics of a rollout, read from the device at once."""
+def describe(
+    responses: Responses, scores: Tensor, experience: Experience, config: LanguageConfig, ranks: Ranks
+) -> dict[str, float]:
+    """Statistics of a rollout, of all ranks, read from the device at once."""
     mask, nan = experience.mask, float("nan")
-    count = mask.sum()
+    count = ranks.sum(mask.sum())
     error = torch.where(responses.mask, responses.log_prob - experience.old_log_prob, 0.0).abs().max()
     explained = torch.tensor(nan, device=mask.device)
     if experience.values is not None and experience.returns is not None:
         returns = experience.returns[mask]
-        variance, rest = returns.var(correction=0), (returns - experience.values[mask]).var(correction=0)
+        variance, rest = ranks.variance(returns), ranks.variance(returns - experience.values[mask])
         explained = torch.where(variance > 0, 1.0 - rest / variance, nan)
-    kl = torch.tensor(nan) if experience.kl is None else experience.kl.mean()
+    kl = torch.tensor(nan) if experience.kl is None else ranks.mean(experience.kl)
+    off = mismatch(experience.old_log_prob, responses.log_prob, config, mask)
+    for name, x in off.items():
+        off[name] = (
+            ranks.rows(x[None]).max() if name.endswith("max") else ranks.sum(ranks.part(x, float(mask.sum() / count)))
+        )
     numbers = {
-        "reward": scores.mean(), "reward_std": scores.std(correction=0), "length": responses.mask.sum(1).float().mean(),
-        "finished": responses.finished.float().mean(), "entropy": torch.where(mask, experience.entropy, 0.0).sum() / count,
-        "kl": kl, "explained_variance": explained, "log_prob_error": error,
-        **mismatch(experience.old_log_prob, responses.log_prob, config, mask),
+        "reward": ranks.mean(scores), "reward_std": ranks.variance(scores).sqrt(),
+        "length": ranks.mean(responses.mask.sum(1).float()), "finished": ranks.mean(responses.finished.float()),
+        "entropy": ranks.sum(torch.where(mask, experience.entropy, 0.0).sum()) / count,
+        "kl": kl, "explained_variance": explained, "log_prob_error": ranks.rows(error[None]).max(),
+        **off,
     }  # fmt: skip
     return dict(zip(numbers, torch.stack([x.float().to(mask.device) for x in numbers.values()]).tolist(), strict=True))
