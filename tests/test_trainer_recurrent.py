@@ -112,7 +112,7 @@ def test_before_the_first_step_the_update_sees_the_rollout_s_probabilities(make_
         t.collector.collect()
         batch = t.learner.batch(t.collector, t.reward_normalizer)
         valid, seen = np.flatnonzero(t.collector.valid), []
-        for piece in t.learner.pieces(batch, torch.from_numpy(valid)):
+        for piece, _ in t.learner.pieces(batch, torch.from_numpy(valid)):
             with torch.no_grad():
                 params, values, rows = t.learner.forward(batch, piece)
                 mask = None if batch.action_mask is None else batch.action_mask[rows]
@@ -214,7 +214,7 @@ def test_what_fills_a_minibatch_up_is_of_no_consequence(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_before_the_start_of_an_episode_reaches_what_follows(kind):
     learner, batch = doubles(kind, False)
-    piece = next(learner.pieces(batch, torch.arange(80)))
+    piece, _ = next(learner.pieces(batch, torch.arange(80)))
     batch.obs.requires_grad_()
     params, values, rows = learner.forward(batch, piece)
     after = (rows >= 9 * 2) & (rows < 30 * 2) & (rows % 2 == 0)  # the first environment's steps 9 ... 29

@@ -285,10 +285,10 @@ def describe(
         explained = torch.where(variance > 0, 1.0 - rest / variance, nan)
     kl = torch.tensor(nan) if experience.kl is None else ranks.mean(experience.kl)
     off = mismatch(experience.old_log_prob, responses.log_prob, config, mask)
-    for name, x in off.items():
-        off[name] = (
-            ranks.rows(x[None]).max() if name.endswith("max") else ranks.sum(ranks.part(x, float(mask.sum() / count)))
-        )
+    if not ranks.alone:
+        share = float(mask.sum() / count)
+        for name, x in off.items():
+            off[name] = ranks.rows(x[None]).max() if name.endswith("max") else ranks.sum(ranks.part(x, share))
     numbers = {
         "reward": ranks.mean(scores), "reward_std": ranks.variance(scores).sqrt(),
         "length": ranks.mean(responses.mask.sum(1).float()), "finished": ranks.mean(responses.finished.float()),
