@@ -1,9 +1,10 @@
-"""sb3-contrib: the updates of MaskablePPO and RecurrentPPO on our kernels, and the advantages of their buffers.
+"""sb3-contrib: the updates of MaskablePPO and RecurrentPPO on our kernels.
 
     from ppo_fast.integrations.sb3_contrib import MaskablePPO, RecurrentPPO      # subclasses
 
-`enable()` puts both updates into sb3-contrib's own classes; the buffers of both take their advantages from Stable-Baselines3's
-`RolloutBuffer`, which is replaced too. Theirs: `ppo_mask/ppo_mask.py`, `ppo_recurrent/ppo_recurrent.py` (`train`).
+`enable()` puts both updates into sb3-contrib's own classes. The buffers of both take their advantages from Stable-Baselines3's
+`RolloutBuffer`: `ppo_fast.integrations.sb3.enable()` beside it replaces that. Theirs: `ppo_mask/ppo_mask.py`,
+`ppo_recurrent/ppo_recurrent.py` (`train`).
 
 An action that the mask forbids has probability 0 and no gradient (theirs: a logit of -1e8, the same numbers in float32);
 where it forbids all of them, theirs is uniform and ours gives the row no gradient. Padding of recurrent minibatches is out
