@@ -241,7 +241,7 @@ def doctor(args: Sequence[str]) -> int:
     import ppo_fast
 
     print(f"python     {platform.python_version()} on {platform.platform()}")
-    for package in ("ppo_fast", "torch", "numpy", "gymnasium", "mujoco", "triton", "jax"):
+    for package in ("ppo_fast", "torch", "numpy", "gymnasium", "mujoco", "triton", "jax", "optuna", "ray"):
         try:
             print(f"{package:<10} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

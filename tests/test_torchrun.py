@@ -17,8 +17,10 @@ import torch
 from rank_worlds import CONTROL, LANGUAGE, QUIET
 
 from ppo_fast import cli
-from ppo_fast.trainer import distributed
+from ppo_fast.trainer import control, distributed
 from ppo_fast.trainer.config import ControlConfig
+from ppo_fast.trainer.ddpg_config import DDPGConfig
+from ppo_fast.trainer.distributed import Ranks
 from ppo_fast.trainer.errors import UserError
 from ppo_fast.trainer.language.config import LanguageConfig
 
@@ -240,3 +242,16 @@ def test_shares_are_a_partition(size):
             assert shares[part] == len(mine[part]) / len(whole)
             assert len(mine[part]) <= ranks.most(whole % envs, envs)
         assert sorted(rebuilt) == sorted(whole.tolist())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ControlConfig(recurrent="gru"), "--recurrent: expected none on 2 ranks, got gru"),
+        (ControlConfig(rollout_policy="pruned"), "--rollout-policy: expected full on 2 ranks, got pruned"),
+        (DDPGConfig(env_id="Pendulum-v1"), "--algorithm: expected ppo on 2 ranks, got ddpg"),
+    ],
+)
+def test_what_one_process_trains_is_refused_on_more(config, message):
+    with pytest.raises(UserError, match=message):
+        control.Trainer(config, None, Ranks(0, 2))
