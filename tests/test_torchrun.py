@@ -61,6 +61,9 @@ def together(args: list[str], size: int = 2, **changes: str) -> list[tuple[int, 
     return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
 
 
+of_ranks = pytest.mark.xdist_group("ranks")  # the pair of processes runs once
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
@@ -89,14 +92,16 @@ def assert_close(one, two, where, tolerance=1e-11):
         )
 
 
+@of_ranks
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_are_one_run(found, case):
-    one, two = found.pop(case)
+    one, two = found[case]
     assert_close(one, two, case)
 
 
+@of_ranks
 def test_every_case_ran(found):
-    assert not found
+    assert found.keys() == set(CASES)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
